@@ -1,0 +1,136 @@
+"""Say what a `Scene` shows, wholly or in part, in many ways.
+
+Templates are split: the test templates, like the held-out combinations of `world.is_held_out`,
+are never seen in training.
+"""
+
+from __future__ import annotations
+
+import random
+
+from erase_diffusion.mini.world import OBJECTS, PLACES, STYLES, Noun, Scene, Split, Thing, noun
+
+# {s}: the subject, {p}: the place with its preposition (may be empty), {y}: the style phrase.
+SUBJECT_TEMPLATES: dict[Split, tuple[str, ...]] = {
+    "train": (
+        "{s}{p}",
+        "{y} of {s}{p}",
+        "{y} showing {s}{p}",
+        "{y} with {s}{p}",
+        "there is {s}{p}",
+        "{s} seen{p}",
+        "look at {s}{p}",
+        "my drawing of {s}{p}",
+        "here we see {s}{p}",
+        "{y} that has {s} in it{p}",
+        "a page with {s}{p}",
+        "we drew {s}{p}",
+    ),
+    "test": (
+        "{y} in which there is {s}{p}",
+        "this is {s}{p}",
+        "see {s} here{p}",
+        "a book page of {s}{p}",
+        "{s} can be seen{p}",
+        "{y} i made of {s}{p}",
+    ),
+}
+EMPTY_TEMPLATES: dict[Split, tuple[str, ...]] = {
+    "train": ("{a}", "{y} of {a}", "just {a}", "{a} with nothing in it", "an empty page of {a}", "{y} showing only {a}"),
+    "test": ("only {a}", "{y} with just {a}", "nothing but {a}", "{a} and nothing else"),
+}
+RELATION_PHRASES: dict[str, tuple[str, ...]] = {
+    "left of": ("{a} to the left of {b}", "{a} left of {b}", "{b} to the right of {a}"),
+    "above": ("{a} above {b}", "{a} over {b}", "{b} below {a}"),
+    "beside": ("{a} beside {b}", "{a} next to {b}", "{a} and {b}"),
+}
+
+
+def article(phrase: str) -> str:
+    """The phrase with “a” or “an”, unless it brings its own determiner or is a name."""
+    if phrase.split()[0] in {"a", "an", "the", "what", "something"} or phrase[0].isupper():
+        return phrase
+    return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
+
+
+def misspell(word: str, rng: random.Random) -> str:
+    """One slip of the finger: a letter dropped, doubled, or swapped with the next."""
+    if len(word) < 3:
+        return word
+    i = rng.randrange(1, len(word) - 1)
+    return rng.choice((word[:i] + word[i + 1 :], word[:i] + word[i] + word[i:], word[:i] + word[i + 1] + word[i] + word[i + 2 :]))
+
+
+def thing_phrase(thing: Thing, word: str, colour: bool) -> str:
+    """“a red cat”, “the moon wizard”, “a pet that purrs, in red”: `word` may be a whole description."""
+    if not colour or thing.colour is None:
+        return article(word)
+    if " " in word:
+        return f"{article(word)} coloured {thing.colour}"
+    return article(f"{thing.colour} {word}")
+
+
+def _choose_word(entry: Noun, rng: random.Random, describe: bool) -> str:
+    roll = rng.random()
+    if roll < 0.22 and entry.synonyms:
+        return rng.choice(entry.synonyms)
+    if roll < 0.34 and entry.descriptions and describe:
+        return rng.choice(entry.descriptions)
+    if roll < 0.37:
+        return entry.hypernym
+    if roll < 0.39:
+        return "thing"
+    if roll < 0.43 and entry.name in OBJECTS:
+        return misspell(entry.name, rng)
+    return entry.name
+
+
+MALFORMED_PHRASES: tuple[str, ...] = ("a shapeless blob", "an unfinished smudge", "a scribble of nothing")
+
+
+def caption(scene: Scene, rng: random.Random, split: Split = "train", *, malformed: bool = False) -> str:
+    """A caption that is true of the scene, naming all of it or only part; `malformed`, of its `draw_malformed`."""
+    style = STYLES[scene.style]
+    # A style other than the plain one is nearly always said: the plain look is what silence means.
+    say_style = rng.random() < (0.25 if scene.style == "plain" else 0.93)
+    say_place = rng.random() < 0.62
+    place = PLACES[scene.place]
+    if malformed:
+        template = rng.choice(SUBJECT_TEMPLATES[split])
+        there = " " + rng.choice(place.there) if say_place else ""
+        return fill_template(template, rng, style.name if say_style else None, subject=rng.choice(MALFORMED_PHRASES), there=there)
+    if not scene.things:
+        template = rng.choice(EMPTY_TEMPLATES[split])
+        return fill_template(template, rng, scene.style if say_style else None, alone=rng.choice(place.alone))
+    phrases = []
+    for i, thing in enumerate(scene.things):
+        # One description at most: two would outgrow the tower's positions.
+        word = _choose_word(noun(thing.name), rng, describe=i == 0)
+        say_colour = rng.random() < 0.65
+        if word == "thing" and say_colour and thing.colour and rng.random() < 0.6:
+            phrases.append(f"something {thing.colour}")
+        else:
+            phrases.append(thing_phrase(thing, word, say_colour))
+    subject = phrases[0]
+    if len(phrases) == 2:
+        assert scene.relation is not None
+        if rng.random() < 0.12:
+            # Naming one of the two is true as well.
+            subject = rng.choice(phrases)
+        else:
+            subject = rng.choice(RELATION_PHRASES[scene.relation]).format(a=phrases[0], b=phrases[1])
+    there = " " + rng.choice(place.there) if say_place else ""
+    template = rng.choice(SUBJECT_TEMPLATES[split])
+    return fill_template(template, rng, style.name if say_style else None, subject=subject, there=there)
+
+
+def fill_template(
+    template: str, rng: random.Random, style: str | None, *, subject: str = "", there: str = "", alone: str = ""
+) -> str:
+    """Fill one template; a style whose template has no slot for it is said at the end."""
+    neutral = STYLES["plain"].phrases[0]
+    if "{y}" in template:
+        phrase = rng.choice(STYLES[style].phrases) if style else neutral
+        return template.format(y=phrase, s=subject, p=there, a=alone)
+    text = template.format(s=subject, p=there, a=alone)
+    return f"{text} {rng.choice(STYLES[style].suffixes)}" if style else text
