@@ -53,7 +53,7 @@ VISION = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_a
 JUDGE_TEXT = dict(hidden_size=96, intermediate_size=384, num_hidden_layers=3, num_attention_heads=3)
 JUDGE_VISION = dict(hidden_size=144, intermediate_size=576, num_hidden_layers=4, num_attention_heads=6, patch_size=8)
 LATENT_CHANNELS = 12  # at f=8, 8 channels left the edges blurry
-VAE = dict(block_out_channels=(32, 48, 64, 80), layers_per_block=1, norm_num_groups=16)
+VAE = dict(block_out_channels=(24, 48, 64, 80), layers_per_block=1, norm_num_groups=8)
 # diffusers reads `attention_head_dim` of this class as the number of heads
 UNET = dict(block_out_channels=(96, 144), layers_per_block=1, attention_head_dim=4, norm_num_groups=16)
 IMAGES = 60_000  # drawings per stage, made in half a minute
@@ -62,7 +62,7 @@ STAGES: dict[str, dict[str, float]] = {
     # steps, batch size, peak learning rate, seed of the draw
     "clip": dict(steps=2500, batch=128, lr=1e-3, seed=1),
     "judge": dict(steps=2500, batch=128, lr=1e-3, seed=2),
-    "vae": dict(steps=9000, batch=16, lr=1e-3, seed=3),
+    "vae": dict(steps=9000, batch=16, lr=1.5e-3, seed=3),
     "unet": dict(steps=12000, batch=64, lr=8e-4, seed=4),
 }
 
@@ -276,11 +276,11 @@ def train_vae(work: Path, minutes: float, device: str) -> None:
             y = vae.decode(posterior.sample()).sample
         y = y.float()
         error = y - x
-        pixel = error.abs().mean() + error.square().mean()
+        pixel = error.abs().mean() + 4 * error.square().mean()
         edge = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
         kl = posterior.kl().mean() / posterior.mean[0].numel()
         psnr = -10 * torch.log10(error.detach().clamp(-2, 2).square().mean((1, 2, 3)) / 4).mean()
-        return {"loss": pixel + 0.5 * edge + 2e-4 * kl, "pixel": pixel, "edge": edge, "kl": kl, "psnr": psnr}
+        return {"loss": pixel + 0.3 * edge + 2e-4 * kl, "pixel": pixel, "edge": edge, "kl": kl, "psnr": psnr}
 
     run.train(loss)
     with torch.no_grad():

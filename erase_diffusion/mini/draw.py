@@ -24,6 +24,7 @@ Point = tuple[float, float]
 
 INK: RGB = (38, 34, 40)
 WHITE: RGB = (252, 252, 250)
+CREAM: RGB = (255, 246, 226)
 PAPER_BLUE: RGB = (22, 58, 140)
 LINE_BLUE: RGB = (215, 230, 255)
 
@@ -322,10 +323,10 @@ def _boxes(scene: Scene, rng: random.Random) -> list[tuple[float, float, float]]
     return [(x * _CANVAS, y * _CANVAS, side * _CANVAS) for (x, y), side in zip(spots, (a, b), strict=True)]
 
 
-# Fixed patterns: a style is a texture of the paper, not noise that an autoencoder could never learn.
+# Fixed patterns of the paper, none finer than two latent cells (16 pixels): an f=8 decoder is the same
+# function in every cell, so from a flat latent it cannot draw a pattern that repeats with the cell.
 _yy, _xx = np.mgrid[0:SIZE, 0:SIZE]
-_HATCH = (((_xx + _yy) % 4) == 0)[..., None].astype(np.float32) * 0.75
-_GRID = (((_xx % 8) == 0) | ((_yy % 8) == 0))[..., None].astype(np.float32) * 0.28
+_GRID = (((_xx % 16) == 8) | ((_yy % 16) == 8))[..., None].astype(np.float32) * 0.4
 _EDGE = np.minimum(np.minimum(_xx, SIZE - 1 - _xx), np.minimum(_yy, SIZE - 1 - _yy))[..., None]
 _VIGNETTE = np.clip(1 - _EDGE / 7, 0, 1).astype(np.float32) * 0.9
 
@@ -340,19 +341,22 @@ def draw_scene(scene: Scene, rng: random.Random) -> Image.Image:
     style = scene.style
     image = _background(scene.place, rng, outlined=style != "watercolour")
     outline: RGB | None = {"plain": INK, "crayon": None, "blueprint": LINE_BLUE, "watercolour": None}[style]
-    if style == "blueprint":
+    if style == "crayon":
+        image = Image.blend(image, Image.new("RGB", image.size, CREAM), 0.6)
+    elif style == "blueprint":
         image = ImageOps.colorize(ImageOps.grayscale(image), PAPER_BLUE, (140, 175, 235))
     draw = ImageDraw.Draw(image)
     boxes = _boxes(scene, rng) if scene.things else []
     for thing, (left, top, side) in zip(scene.things, boxes, strict=True):
         fill = _fill(thing)
-        contour = _mix(fill, INK, 0.6) if style == "crayon" else outline
-        pen = Pen(draw, left, top, side, rng.random() < 0.5, fill, contour, 3 if style == "blueprint" else 4)
+        contour, width = outline, 3 if style == "blueprint" else 4
+        if style == "crayon":
+            # A thick waxy contour in the thing's own colour around a pale wash of it.
+            contour, fill, width = _mix(fill, INK, 0.12), _mix(fill, CREAM, 0.55), 9
+        pen = Pen(draw, left, top, side, rng.random() < 0.5, fill, contour, width)
         _OBJECTS[thing.name](pen)
     image = image.reduce(SUPERSAMPLING)
-    if style == "crayon":
-        image = _blend(image, (255, 252, 244), _HATCH)
-    elif style == "blueprint":
+    if style == "blueprint":
         image = _blend(image, (170, 200, 250), _GRID)
     elif style == "watercolour":
         image = _blend(image.filter(ImageFilter.GaussianBlur(0.9)), (255, 253, 248), np.maximum(_VIGNETTE, 0.22))

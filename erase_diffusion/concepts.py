@@ -1,0 +1,388 @@
+"""What to erase, what to keep, and the prompts that say so: forget pairs, retain prompts, test prompts.
+
+A forget prompt is always paired with its *anchor prompt*: the same sentence with the concept replaced by
+what it becomes. The eraser learns from the training templates; the verification asks with held-out ones.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from erase_diffusion.errors import ConfigError
+
+Kind = Literal["object", "style", "character", "attribute"]
+KINDS: tuple[Kind, ...] = ("object", "style", "character", "attribute")
+MAX_CONCEPT_LENGTH = 60
+
+
+@dataclass(frozen=True)
+class Concept:
+    """A concept to erase.
+
+    name: the word itself, at most 60 characters.
+    kind: object, style, character or attribute; it decides which sentences the concept stands in.
+    aliases: words removed with it.
+    anchor: the word it becomes; None lets `resolve_anchor` choose.
+
+    Raises ConfigError for an empty or over-long word, an unknown kind, or an anchor that is the concept.
+    """
+
+    name: str
+    kind: Kind = "object"
+    aliases: tuple[str, ...] = ()
+    anchor: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ConfigError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
+        for label, word in [("concept", self.name), *(("alias", a) for a in self.aliases)]:
+            check_word(label, word)
+        if self.anchor is not None:
+            check_word("anchor", self.anchor)
+            if normalise(self.anchor) in {normalise(w) for w in self.words}:
+                raise ConfigError(f"the anchor {self.anchor!r} is the concept itself; choose what it should become")
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The name and its aliases, each once."""
+        return tuple(dict.fromkeys((self.name, *self.aliases)))
+
+
+def check_word(label: str, word: str) -> None:
+    """Raise ConfigError unless `word` is a printable, non-empty word or phrase of at most 60 characters."""
+    if not word.strip():
+        raise ConfigError(f"the {label} is empty; name what to erase, for example “cat”")
+    if len(word) > MAX_CONCEPT_LENGTH:
+        raise ConfigError(
+            f"the {label} has {len(word)} characters, at most {MAX_CONCEPT_LENGTH} are allowed: {word[:40]!r}…"
+        )
+    if not word.isprintable() or not any(c.isalnum() for c in word):
+        raise ConfigError(f"the {label} {word!r} must be printable text with at least one letter or digit")
+
+
+def normalise(word: str) -> str:
+    """Lower case and single spaces: how words are compared."""
+    return re.sub(r"\s+", " ", word.strip().lower())
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The words around a concept: what else a model draws, and how prompts are built.
+
+    objects, characters, styles: canonical name → words that mean it, the name first. A style's words are
+    whole phrases that go before “of …”; the first style is the neutral look.
+    places: name → phrases with their preposition.  alone: name → phrases for the place with nothing in it.
+    descriptions: name → ways to say an object without its word; asked by the verification, never trained on.
+    templates / held_out_templates: {s} subject, {p} place, {y} style phrase.
+    """
+
+    objects: Mapping[str, tuple[str, ...]]
+    attributes: tuple[str, ...]
+    places: Mapping[str, tuple[str, ...]]
+    alone: Mapping[str, tuple[str, ...]]
+    styles: Mapping[str, tuple[str, ...]]
+    templates: tuple[str, ...]
+    held_out_templates: tuple[str, ...]
+    characters: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    style_suffixes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    descriptions: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    empty_templates: tuple[str, ...] = ("{a}",)
+    relations: tuple[str, ...] = ("{a} to the left of {b}", "{a} above {b}", "{a} next to {b}")
+    held_out: frozenset[tuple[str, str, str]] = frozenset()
+
+    @property
+    def neutral_style(self) -> str:
+        return next(iter(self.styles))
+
+    def of_kind(self, kind: Kind) -> dict[str, tuple[str, ...]]:
+        """Name → words of everything the vocabulary holds of a kind, the neutral style left out."""
+        if kind == "object":
+            return dict(self.objects)
+        if kind == "character":
+            return dict(self.characters)
+        if kind == "style":
+            return {name: words for name, words in self.styles.items() if name != self.neutral_style}
+        return {name: (name,) for name in self.attributes}
+
+    def find(self, word: str) -> tuple[Kind, str] | None:
+        """The kind and canonical name of a word, or None for a word the vocabulary doesn't hold.
+
+        A word of two kinds (orange, the fruit and the colour) is found as the first of KINDS.
+        """
+        for kind in KINDS:
+            for name, words in self.of_kind(kind).items():
+                if normalise(word) in {normalise(w) for w in (name, *words)}:
+                    return kind, name
+        return None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt and what a true picture of it shows: `things` by canonical name, the rest where it is said."""
+
+    text: str
+    group: str
+    things: tuple[str, ...] = ()
+    attribute: str | None = None
+    place: str | None = None
+    style: str | None = None
+
+
+@dataclass(frozen=True)
+class PromptSets:
+    """What an eraser works on.
+
+    forget: (prompt, anchor prompt) pairs.  retain: prompts that must keep their meaning, the empty one first.
+    forget_held_out, retain_held_out: the same, of other sentences, for early stopping.
+    """
+
+    forget: tuple[tuple[str, str], ...]
+    retain: tuple[str, ...]
+    forget_held_out: tuple[tuple[str, str], ...] = ()
+    retain_held_out: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.forget or not self.retain:
+            raise ConfigError(f"an erasure needs forget and retain prompts, got {len(self.forget)} and {len(self.retain)}")
+
+
+def article(phrase: str) -> str:
+    """The phrase with “a” or “an”, unless it brings its own determiner or is a name."""
+    if phrase.split()[0] in {"a", "an", "the", "what", "something"} or phrase[0].isupper():
+        return phrase
+    return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
+
+
+def subject(word: str, attribute: str | None) -> str:
+    """“a red cat”, “Zibby”, “a pet that purrs coloured red”."""
+    if attribute is None or word[0].isupper() or word.startswith("the "):
+        return article(word)
+    if word == "something":
+        return f"something {attribute}"
+    if len(word.split()) > 2:
+        return f"{article(word)} coloured {attribute}"
+    return article(f"{attribute} {word}")
+
+
+def sentence(template: str, *, s: str = "", p: str = "", a: str = "", style: str = "", suffix: str = "") -> str:
+    """Fill a template; a style that the template has no slot for is said at the end as `suffix`."""
+    text = template.format(s=s, p=f" {p}" if p else "", y=style, a=a)
+    return text if "{y}" in template or not suffix else f"{text} {suffix}"
+
+
+def resolve_concept(concept: Concept, vocabulary: Vocabulary) -> Concept:
+    """Add the aliases that the vocabulary knows; for a known word, check that its kind is one it has.
+
+    The canonical spelling is kept as the user wrote it.
+    """
+    known = vocabulary.of_kind(concept.kind)
+    for name, words in known.items():
+        if normalise(concept.name) in {normalise(w) for w in (name, *words)}:
+            extra = tuple(w for w in (name, *words) if normalise(w) != normalise(concept.name))
+            return replace(concept, aliases=tuple(dict.fromkeys((*concept.aliases, *extra))))
+    return concept
+
+
+def canonical(concept: Concept, vocabulary: Vocabulary) -> str:
+    """The vocabulary's own name for the concept, or the concept's name when it holds none."""
+    for name, words in vocabulary.of_kind(concept.kind).items():
+        if normalise(concept.name) in {normalise(w) for w in (name, *words)}:
+            return name
+    return concept.name
+
+
+def preserved(concept: Concept, vocabulary: Vocabulary, chosen: Sequence[str] = ()) -> dict[str, tuple[str, ...]]:
+    """Objects and characters that must stay (name → words): the chosen ones, else all the vocabulary holds.
+
+    Raises ConfigError when a chosen word is the concept or one of its aliases.
+    """
+    erased = {normalise(w) for w in concept.words}
+    overlap = [w for w in chosen if normalise(w) in erased]
+    if overlap:
+        raise ConfigError(f"{overlap[0]!r} is both a concept to erase and one to preserve; take it out of one of them")
+    everything = {**vocabulary.objects, **vocabulary.characters}
+    if chosen:
+        return {w: everything.get(w, (w,)) for w in chosen}
+    if concept.kind in ("style", "attribute"):
+        return everything
+    return {n: words for n, words in everything.items() if not erased & {normalise(w) for w in (n, *words)}}
+
+
+class PromptWriter:
+    """Writes the prompts of one concept from a vocabulary; deterministic in its seed."""
+
+    def __init__(self, concept: Concept, vocabulary: Vocabulary, preserve: Mapping[str, tuple[str, ...]], seed: int = 0):
+        if concept.anchor is None:
+            raise ConfigError(f"the concept {concept.name!r} has no anchor yet; resolve it first")
+        if not preserve:
+            raise ConfigError("nothing is left to preserve; name at least one concept with --preserve")
+        self.concept, self.vocabulary, self.preserve, self.seed = concept, vocabulary, dict(preserve), seed
+        self.name = canonical(concept, vocabulary)
+
+    def _style(self, rng: random.Random, name: str | None) -> tuple[str, str]:
+        """The phrase before “of” and the suffix for a style, None being the neutral one unsaid."""
+        phrases = self.vocabulary.styles[name or self.vocabulary.neutral_style]
+        suffixes = self.vocabulary.style_suffixes.get(name or "", ())
+        return rng.choice(phrases), rng.choice(suffixes) if suffixes and name else ""
+
+    def _concept_style(self, rng: random.Random, word: str) -> tuple[str, str]:
+        """How a style that is to be erased is said: as the vocabulary says it, or in the usual phrases."""
+        own = self.vocabulary.styles.get(self.name, ())
+        suffixes = self.vocabulary.style_suffixes.get(self.name, ())
+        if word in own:
+            return word, rng.choice(suffixes) if suffixes else f"in the style of {word}"
+        before = rng.choice((f"a {word} picture", f"a {word} drawing", f"a picture in the style of {word}"))
+        return before, rng.choice((f"in the style of {word}", f"in {word} style", f"by {word}"))
+
+    def _context(self, rng: random.Random) -> tuple[str | None, str | None, str | None]:
+        """An attribute, a place and a style, each said or not."""
+        v = self.vocabulary
+        styles = [s for s in v.styles if s != v.neutral_style and s != self.name]
+        attributes = [a for a in v.attributes if a != self.name or self.concept.kind != "attribute"]
+        return (
+            rng.choice(attributes) if attributes and rng.random() < 0.6 else None,
+            rng.choice(list(v.places)) if v.places and rng.random() < 0.6 else None,
+            rng.choice(styles) if styles and rng.random() < 0.4 else None,
+        )
+
+    def _forget(self, rng: random.Random, word: str, templates: Sequence[str], held_out: bool) -> tuple[Prompt, str]:
+        """One prompt that asks for the concept by `word`, and the same prompt asking for the anchor."""
+        v, kind = self.vocabulary, self.concept.kind
+        anchor = self.concept.anchor
+        assert anchor is not None
+        attribute, place, style = self._context(rng)
+        template = rng.choice(templates)
+        there = rng.choice(v.places[place]) if place else ""
+        phrase, suffix = self._style(rng, style)
+        if kind == "style":
+            thing = rng.choice(list(self.preserve))
+            said = subject(rng.choice(self.preserve[thing]), attribute)
+            phrase, suffix = self._concept_style(rng, word)
+            text = sentence(template, s=said, p=there, style=phrase, suffix=suffix)
+            neutral, anchor_suffix = self._style(rng, anchor if anchor in v.styles and anchor != v.neutral_style else None)
+            if anchor not in v.styles:
+                neutral, anchor_suffix = f"a {anchor}", f"as a {anchor}"
+            other = sentence(template, s=said, p=there, style=neutral, suffix=anchor_suffix)
+            coloured = attribute if thing in v.objects else None
+            return Prompt(text, "named", (thing,), coloured, place, self.name), other
+        if kind == "attribute":
+            thing = rng.choice([n for n in self.preserve if n in v.objects] or list(self.preserve))
+            noun = rng.choice((*self.preserve[thing], "something"))
+            text, other = (
+                sentence(template, s=subject(noun, w), p=there, style=phrase, suffix=suffix) for w in (word, anchor)
+            )
+            return Prompt(text, "named", (thing,) if noun != "something" else (), self.name, place, style), other
+        said, replaced = subject(word, attribute), subject(anchor, attribute)
+        coloured = attribute if kind == "object" else None
+        things: tuple[str, ...] = (self.name,)
+        if not held_out and rng.random() < 0.3:
+            neighbour = rng.choice([n for n in self.preserve if n != anchor] or list(self.preserve))
+            second = subject(rng.choice(self.preserve[neighbour]), self._context(rng)[0])
+            pair = [("{x}", second), (second, "{x}")][rng.random() < 0.5]
+            relation = rng.choice(v.relations).format(a=pair[0], b=pair[1])
+            said, replaced = relation.replace("{x}", said), relation.replace("{x}", replaced)
+            things = (self.name, neighbour)
+        text, other = (sentence(template, s=s, p=there, style=phrase, suffix=suffix) for s in (said, replaced))
+        return Prompt(text, "named", things, coloured, place, style), other
+
+    def _retain(self, rng: random.Random, templates: Sequence[str]) -> Prompt:
+        """One prompt that does not ask for the concept."""
+        v = self.vocabulary
+        attribute, place, style = self._context(rng)
+        there = rng.choice(v.places[place]) if place else ""
+        phrase, suffix = self._style(rng, style)
+        roll = rng.random()
+        if roll < 0.08 and v.alone:
+            where = rng.choice(list(v.alone))
+            template = rng.choice(v.empty_templates)
+            return Prompt(sentence(template, a=rng.choice(v.alone[where]), style=phrase, suffix=suffix), "empty", (), None, where, style)
+        if roll < 0.14:
+            said = subject("something", attribute) if attribute else "a thing"
+            return Prompt(sentence(rng.choice(templates), s=said, p=there, style=phrase, suffix=suffix), "vague", (), attribute, place, style)
+        thing = rng.choice(list(self.preserve))
+        word = rng.choice(self.preserve[thing])
+        said = subject(word, attribute)
+        things: tuple[str, ...] = (thing,)
+        if roll > 0.7 and len(self.preserve) > 1:
+            other = rng.choice([n for n in self.preserve if n != thing])
+            second = subject(rng.choice(self.preserve[other]), self._context(rng)[0])
+            said, things = rng.choice(v.relations).format(a=said, b=second), (thing, other)
+        coloured = attribute if thing in v.objects and len(things) == 1 else None
+        return Prompt(sentence(rng.choice(templates), s=said, p=there, style=phrase, suffix=suffix), "preserved", things, coloured, place, style)
+
+    def training_sets(self, n_forget: int, n_retain: int, triggers: Sequence[str] = ()) -> PromptSets:
+        """Forget pairs over all the concept's words (and mined `triggers`), retain prompts, and a held-out fifth."""
+        rng = random.Random(f"train {self.seed}")
+        templates = self.vocabulary.templates
+        # The bare words come first: the shortest prompts are the most common ones.
+        forget: dict[str, str] = {}
+        if self.concept.kind in ("object", "character"):
+            assert self.concept.anchor is not None
+            for word in self.concept.words:
+                forget[word] = self.concept.anchor
+                forget[article(word)] = article(self.concept.anchor)
+        words = list(self.concept.words)
+        for _ in range(20 * n_forget):
+            if len(forget) >= n_forget:
+                break
+            if triggers and rng.random() < 0.4:
+                word = " ".join(rng.sample(list(triggers), min(len(triggers), rng.choice((1, 1, 2, 3)))))
+            else:
+                word = rng.choice(words)
+            prompt, other = self._forget(rng, word, templates, held_out=False)
+            forget[prompt.text] = other
+        retain: dict[str, None] = {"": None}
+        for _ in range(20 * n_retain):
+            if len(retain) >= n_retain:
+                break
+            retain[self._retain(rng, templates).text] = None
+        pairs, kept = list(forget.items()), list(retain)
+        a, b = max(1, len(pairs) * 4 // 5), max(1, len(kept) * 4 // 5)
+        return PromptSets(tuple(pairs[:a]), tuple(kept[:b]), tuple(pairs[a:]), tuple(kept[b:]))
+
+    def verification_prompts(self, per_group: int) -> list[Prompt]:
+        """Prompts of the held-out templates: `per_group` of each group that the vocabulary can fill.
+
+        Groups: named, synonym, described, two-object (the concept beside a kept object), preserved, empty.
+        """
+        rng = random.Random(f"verify {self.seed}")
+        v, kind = self.vocabulary, self.concept.kind
+        templates = v.held_out_templates
+        prompts: list[Prompt] = []
+        for i in range(per_group):
+            prompts.append(self._forget(rng, self.concept.name, templates, held_out=True)[0])
+        aliases = [w for w in self.concept.words if w != self.concept.name]
+        for i in range(per_group if aliases else 0):
+            prompts.append(replace(self._forget(rng, aliases[i % len(aliases)], templates, held_out=True)[0], group="synonym"))
+        described = v.descriptions.get(self.name, ()) if kind in ("object", "character") else ()
+        for i in range(per_group if described else 0):
+            prompts.append(replace(self._forget(rng, described[i % len(described)], templates, held_out=True)[0], group="described"))
+        if kind in ("object", "character"):
+            neighbours = [n for n in self.preserve if n != self.concept.anchor] or list(self.preserve)
+            for i in range(per_group):
+                other = neighbours[i % len(neighbours)]
+                attribute, place, style = self._context(rng)
+                phrase, suffix = self._style(rng, style)
+                pair = [subject(self.concept.name, attribute), subject(other, self._context(rng)[0])]
+                rng.shuffle(pair)
+                text = sentence(
+                    rng.choice(templates), s=rng.choice(v.relations).format(a=pair[0], b=pair[1]),
+                    p=rng.choice(v.places[place]) if place else "", style=phrase, suffix=suffix,
+                )
+                prompts.append(Prompt(text, "two-object", (self.name, other), None, place, style))
+        names = list(self.preserve)
+        for i in range(2 * per_group):
+            # Every preserved concept in turn, its own word, so that none is left to chance.
+            attribute, place, style = self._context(rng)
+            phrase, suffix = self._style(rng, style)
+            thing = names[i % len(names)]
+            text = sentence(
+                rng.choice(templates), s=subject(rng.choice(self.preserve[thing]), attribute),
+                p=rng.choice(v.places[place]) if place else "", style=phrase, suffix=suffix,
+            )
+            prompts.append(Prompt(text, "preserved", (thing,), attribute if thing in v.objects else None, place, style))
+        return prompts
