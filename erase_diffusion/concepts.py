@@ -147,7 +147,9 @@ class PromptSets:
 
     def __post_init__(self) -> None:
         if not self.forget or not self.retain:
-            raise ConfigError(f"an erasure needs forget and retain prompts, got {len(self.forget)} and {len(self.retain)}")
+            raise ConfigError(
+                f"an erasure needs forget and retain prompts, got {len(self.forget)} and {len(self.retain)}"
+            )
 
 
 def article(phrase: str) -> str:
@@ -174,6 +176,11 @@ def sentence(template: str, *, s: str = "", p: str = "", a: str = "", style: str
     return text if "{y}" in template or not suffix else f"{text} {suffix}"
 
 
+def _names(phrase: str, word: str) -> bool:
+    """Whether a phrase says the word."""
+    return normalise(word) in normalise(phrase)
+
+
 def resolve_concept(concept: Concept, vocabulary: Vocabulary) -> Concept:
     """Add the aliases that the vocabulary knows; for a known word, check that its kind is one it has.
 
@@ -183,6 +190,9 @@ def resolve_concept(concept: Concept, vocabulary: Vocabulary) -> Concept:
     for name, words in known.items():
         if normalise(concept.name) in {normalise(w) for w in (name, *words)}:
             extra = tuple(w for w in (name, *words) if normalise(w) != normalise(concept.name))
+            if concept.kind == "style":
+                # “A crayon drawing” is no synonym of crayon: it says the word.
+                extra = tuple(w for w in extra if not _names(w, concept.name))
             return replace(concept, aliases=tuple(dict.fromkeys((*concept.aliases, *extra))))
     return concept
 
@@ -215,7 +225,9 @@ def preserved(concept: Concept, vocabulary: Vocabulary, chosen: Sequence[str] = 
 class PromptWriter:
     """Writes the prompts of one concept from a vocabulary; deterministic in its seed."""
 
-    def __init__(self, concept: Concept, vocabulary: Vocabulary, preserve: Mapping[str, tuple[str, ...]], seed: int = 0):
+    def __init__(
+        self, concept: Concept, vocabulary: Vocabulary, preserve: Mapping[str, tuple[str, ...]], seed: int = 0
+    ):
         if concept.anchor is None:
             raise ConfigError(f"the concept {concept.name!r} has no anchor yet; resolve it first")
         if not preserve:
@@ -231,10 +243,12 @@ class PromptWriter:
 
     def _concept_style(self, rng: random.Random, word: str) -> tuple[str, str]:
         """How a style that is to be erased is said: as the vocabulary says it, or in the usual phrases."""
-        own = self.vocabulary.styles.get(self.name, ())
-        suffixes = self.vocabulary.style_suffixes.get(self.name, ())
-        if word in own:
-            return word, rng.choice(suffixes) if suffixes else f"in the style of {word}"
+        own, suffixes = (
+            [phrase for phrase in table.get(self.name, ()) if _names(phrase, self.name) == (word == self.concept.name)]
+            for table in (self.vocabulary.styles, self.vocabulary.style_suffixes)
+        )
+        if own and (word in own or word == self.concept.name):
+            return rng.choice(own), rng.choice(suffixes or [f"in the style of {word}"])
         before = rng.choice((f"a {word} picture", f"a {word} drawing", f"a picture in the style of {word}"))
         return before, rng.choice((f"in the style of {word}", f"in {word} style", f"by {word}"))
 
@@ -255,6 +269,8 @@ class PromptWriter:
         anchor = self.concept.anchor
         assert anchor is not None
         attribute, place, style = self._context(rng)
+        if kind == "character":
+            attribute = None  # a character has its own look
         template = rng.choice(templates)
         there = rng.choice(v.places[place]) if place else ""
         phrase, suffix = self._style(rng, style)
@@ -263,7 +279,9 @@ class PromptWriter:
             said = subject(rng.choice(self.preserve[thing]), attribute)
             phrase, suffix = self._concept_style(rng, word)
             text = sentence(template, s=said, p=there, style=phrase, suffix=suffix)
-            neutral, anchor_suffix = self._style(rng, anchor if anchor in v.styles and anchor != v.neutral_style else None)
+            neutral, anchor_suffix = self._style(
+                rng, anchor if anchor in v.styles and anchor != v.neutral_style else None
+            )
             if anchor not in v.styles:
                 neutral, anchor_suffix = f"a {anchor}", f"as a {anchor}"
             other = sentence(template, s=said, p=there, style=neutral, suffix=anchor_suffix)
@@ -299,10 +317,24 @@ class PromptWriter:
         if roll < 0.08 and v.alone:
             where = rng.choice(list(v.alone))
             template = rng.choice(v.empty_templates)
-            return Prompt(sentence(template, a=rng.choice(v.alone[where]), style=phrase, suffix=suffix), "empty", (), None, where, style)
+            return Prompt(
+                sentence(template, a=rng.choice(v.alone[where]), style=phrase, suffix=suffix),
+                "empty",
+                (),
+                None,
+                where,
+                style,
+            )
         if roll < 0.14:
             said = subject("something", attribute) if attribute else "a thing"
-            return Prompt(sentence(rng.choice(templates), s=said, p=there, style=phrase, suffix=suffix), "vague", (), attribute, place, style)
+            return Prompt(
+                sentence(rng.choice(templates), s=said, p=there, style=phrase, suffix=suffix),
+                "vague",
+                (),
+                attribute,
+                place,
+                style,
+            )
         thing = rng.choice(list(self.preserve))
         word = rng.choice(self.preserve[thing])
         said = subject(word, attribute)
@@ -312,7 +344,14 @@ class PromptWriter:
             second = subject(rng.choice(self.preserve[other]), self._context(rng)[0])
             said, things = rng.choice(v.relations).format(a=said, b=second), (thing, other)
         coloured = attribute if thing in v.objects and len(things) == 1 else None
-        return Prompt(sentence(rng.choice(templates), s=said, p=there, style=phrase, suffix=suffix), "preserved", things, coloured, place, style)
+        return Prompt(
+            sentence(rng.choice(templates), s=said, p=there, style=phrase, suffix=suffix),
+            "preserved",
+            things,
+            coloured,
+            place,
+            style,
+        )
 
     def training_sets(self, n_forget: int, n_retain: int, triggers: Sequence[str] = ()) -> PromptSets:
         """Forget pairs over all the concept's words (and mined `triggers`), retain prompts, and a held-out fifth."""
@@ -344,6 +383,27 @@ class PromptWriter:
         a, b = max(1, len(pairs) * 4 // 5), max(1, len(kept) * 4 // 5)
         return PromptSets(tuple(pairs[:a]), tuple(kept[:b]), tuple(pairs[a:]), tuple(kept[b:]))
 
+    def calibration_prompts(self, rng: random.Random, count: int) -> list[str]:
+        """Prompts that name the concept, alone or beside something else: what the checker must find."""
+        templates = self.vocabulary.held_out_templates
+        return [self._forget(rng, self.concept.name, templates, held_out=False)[0].text for _ in range(count)]
+
+    def negative_prompts(self, rng: random.Random, count: int) -> tuple[list[str], list[str]]:
+        """Prompts of other things, and of empty scenes: what the checker must not take for the concept."""
+        wanted: dict[str, list[str]] = {"preserved": [], "empty": []}
+        templates = self.vocabulary.held_out_templates
+        for _ in range(400 * count):
+            prompt = self._retain(rng, templates)
+            # A thing whose attribute is not said may well have the one that is erased.
+            if self.concept.kind == "attribute" and prompt.things and prompt.attribute is None:
+                continue
+            bucket = wanted.get(prompt.group)
+            if bucket is not None and len(bucket) < count:
+                bucket.append(prompt.text)
+            if all(len(b) >= count for b in wanted.values()):
+                break
+        return wanted["preserved"], wanted["empty"]
+
     def verification_prompts(self, per_group: int) -> list[Prompt]:
         """Prompts of the held-out templates: `per_group` of each group that the vocabulary can fill.
 
@@ -353,14 +413,20 @@ class PromptWriter:
         v, kind = self.vocabulary, self.concept.kind
         templates = v.held_out_templates
         prompts: list[Prompt] = []
-        for i in range(per_group):
+        for _ in range(per_group):
             prompts.append(self._forget(rng, self.concept.name, templates, held_out=True)[0])
         aliases = [w for w in self.concept.words if w != self.concept.name]
         for i in range(per_group if aliases else 0):
-            prompts.append(replace(self._forget(rng, aliases[i % len(aliases)], templates, held_out=True)[0], group="synonym"))
+            prompts.append(
+                replace(self._forget(rng, aliases[i % len(aliases)], templates, held_out=True)[0], group="synonym")
+            )
         described = v.descriptions.get(self.name, ()) if kind in ("object", "character") else ()
         for i in range(per_group if described else 0):
-            prompts.append(replace(self._forget(rng, described[i % len(described)], templates, held_out=True)[0], group="described"))
+            prompts.append(
+                replace(
+                    self._forget(rng, described[i % len(described)], templates, held_out=True)[0], group="described"
+                )
+            )
         if kind in ("object", "character"):
             neighbours = [n for n in self.preserve if n != self.concept.anchor] or list(self.preserve)
             for i in range(per_group):
@@ -370,8 +436,11 @@ class PromptWriter:
                 pair = [subject(self.concept.name, attribute), subject(other, self._context(rng)[0])]
                 rng.shuffle(pair)
                 text = sentence(
-                    rng.choice(templates), s=rng.choice(v.relations).format(a=pair[0], b=pair[1]),
-                    p=rng.choice(v.places[place]) if place else "", style=phrase, suffix=suffix,
+                    rng.choice(templates),
+                    s=rng.choice(v.relations).format(a=pair[0], b=pair[1]),
+                    p=rng.choice(v.places[place]) if place else "",
+                    style=phrase,
+                    suffix=suffix,
                 )
                 prompts.append(Prompt(text, "two-object", (self.name, other), None, place, style))
         names = list(self.preserve)
@@ -381,8 +450,11 @@ class PromptWriter:
             phrase, suffix = self._style(rng, style)
             thing = names[i % len(names)]
             text = sentence(
-                rng.choice(templates), s=subject(rng.choice(self.preserve[thing]), attribute),
-                p=rng.choice(v.places[place]) if place else "", style=phrase, suffix=suffix,
+                rng.choice(templates),
+                s=subject(rng.choice(self.preserve[thing]), attribute),
+                p=rng.choice(v.places[place]) if place else "",
+                style=phrase,
+                suffix=suffix,
             )
             prompts.append(Prompt(text, "preserved", (thing,), attribute if thing in v.objects else None, place, style))
         return prompts

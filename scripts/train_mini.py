@@ -20,7 +20,7 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -29,8 +29,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from tokenizers import Regex
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import (
     CLIPConfig,
@@ -87,7 +86,9 @@ def train_tokenizer(folder: Path) -> CLIPTokenizer:
     rng = random.Random(0)
     captions = [caption(sample_scene(rng), rng).lower() for _ in range(30_000)]
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", continuing_subword_prefix="", unk_token="<|endoftext|>"))
-    bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
+    bpe.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(
@@ -98,7 +99,10 @@ def train_tokenizer(folder: Path) -> CLIPTokenizer:
     )
     bpe.decoder = decoders.BPEDecoder(suffix="</w>")
     trainer = trainers.BpeTrainer(
-        vocab_size=1000, end_of_word_suffix="</w>", min_frequency=20, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        vocab_size=1000,
+        end_of_word_suffix="</w>",
+        min_frequency=20,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     bpe.train_from_iterator(captions, trainer)
     saved = json.loads(bpe.to_str())["model"]
@@ -111,8 +115,13 @@ def train_tokenizer(folder: Path) -> CLIPTokenizer:
     (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
     tokenizer = CLIPTokenizer(
-        vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"), model_max_length=POSITIONS,
-        bos_token="<|startoftext|>", eos_token="<|endoftext|>", unk_token="<|endoftext|>", pad_token="<|endoftext|>",
+        vocab=str(folder / "vocab.json"),
+        merges=str(folder / "merges.txt"),
+        model_max_length=POSITIONS,
+        bos_token="<|startoftext|>",
+        eos_token="<|endoftext|>",
+        unk_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
     )
     tokenizer.save_pretrained(folder)
     # transformers 4's slow tokenizer reads these two.
@@ -135,9 +144,13 @@ def tokenize(tokenizer: CLIPTokenizer, texts: list[str], device: str) -> torch.T
 
 def make_clip(tokenizer: CLIPTokenizer, text: dict[str, int], vision: dict[str, int], projection: int) -> CLIPModel:
     """A CLIPModel of the given sizes with random weights."""
-    special = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id)
+    special = dict(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id
+    )
     config = CLIPConfig(
-        text_config=CLIPTextConfig(vocab_size=len(tokenizer), max_position_embeddings=POSITIONS, projection_dim=projection, **text, **special).to_dict(),
+        text_config=CLIPTextConfig(
+            vocab_size=len(tokenizer), max_position_embeddings=POSITIONS, projection_dim=projection, **text, **special
+        ).to_dict(),
         vision_config=CLIPVisionConfig(image_size=64, projection_dim=projection, **vision).to_dict(),
         projection_dim=projection,
     )
@@ -147,7 +160,9 @@ def make_clip(tokenizer: CLIPTokenizer, text: dict[str, int], vision: dict[str, 
 class Run:
     """One stage's step counter, clock, learning rate, log and checkpoint."""
 
-    def __init__(self, stage: str, work: Path, minutes: float, module: torch.nn.Module, ema: torch.nn.Module | None = None):
+    def __init__(
+        self, stage: str, work: Path, minutes: float, module: torch.nn.Module, ema: torch.nn.Module | None = None
+    ):
         self.stage, self.minutes, self.module, self.ema = stage, minutes, module, ema
         self.steps, self.peak = int(STAGES[stage]["steps"]), STAGES[stage]["lr"]
         self.optimizer = torch.optim.AdamW(module.parameters(), lr=self.peak, betas=(0.9, 0.98), weight_decay=0.01)
@@ -165,7 +180,9 @@ class Run:
         return max(self.step / self.steps, self.seconds / 60 / self.minutes)
 
     def save(self) -> None:
-        state = dict(module=self.module.state_dict(), optimizer=self.optimizer.state_dict(), step=self.step, seconds=self.seconds)
+        state = dict(
+            module=self.module.state_dict(), optimizer=self.optimizer.state_dict(), step=self.step, seconds=self.seconds
+        )
         if self.ema is not None:
             state["ema"] = self.ema.state_dict()
         torch.save(state, self.path.with_suffix(".tmp"))
@@ -256,8 +273,11 @@ def autocast(device: str, cpu: bool = False) -> torch.autocast | nullcontext[Non
 def make_vae() -> AutoencoderKL:
     """An f=8 autoencoder with random weights."""
     return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        latent_channels=LATENT_CHANNELS, sample_size=64, **VAE,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=LATENT_CHANNELS,
+        sample_size=64,
+        **VAE,
     )
 
 
@@ -292,23 +312,36 @@ def train_vae(work: Path, minutes: float, device: str) -> None:
 @torch.no_grad()
 def encode_all(vae: AutoencoderKL, pictures: torch.Tensor, device: str) -> torch.Tensor:
     """Posterior means of all pictures, fp16 (n, c, 8, 8), unscaled."""
-    chunks = [vae.encode(to_float(p, device)).latent_dist.mean.half().cpu() for p in tqdm(pictures.split(128), desc="encoding", mininterval=5)]
+    chunks = [
+        vae.encode(to_float(p, device)).latent_dist.mean.half().cpu()
+        for p in tqdm(pictures.split(128), desc="encoding", mininterval=5)
+    ]
     return torch.cat(chunks)
 
 
 def make_scheduler() -> DPMSolverMultistepScheduler:
     """SD's noise schedule, read as v; DPM-Solver++ draws well in 25 steps and acceptably in 12."""
     return DPMSolverMultistepScheduler(
-        num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-        prediction_type="v_prediction", timestep_spacing="trailing", algorithm_type="dpmsolver++",
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        algorithm_type="dpmsolver++",
     )
 
 
 def make_unet() -> UNet2DConditionModel:
     """A two-level cross-attention UNet with random weights."""
     return UNet2DConditionModel(
-        sample_size=8, in_channels=LATENT_CHANNELS, out_channels=LATENT_CHANNELS, cross_attention_dim=TEXT["hidden_size"],
-        down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2, **UNET,
+        sample_size=8,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        cross_attention_dim=TEXT["hidden_size"],
+        down_block_types=("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2,
+        **UNET,
     )
 
 
@@ -353,14 +386,22 @@ def pack(work: Path, output: Path) -> None:
     temporary = output.with_name(output.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     pipe = StableDiffusionPipeline(
-        text_encoder=CLIPTextModel.from_pretrained(work / "clip"), tokenizer=tokenizer,
-        vae=AutoencoderKL.from_pretrained(work / "vae"), unet=UNet2DConditionModel.from_pretrained(work / "unet"),
-        scheduler=make_scheduler(), safety_checker=None, feature_extractor=None, image_encoder=None, requires_safety_checker=False,
+        text_encoder=CLIPTextModel.from_pretrained(work / "clip"),
+        tokenizer=tokenizer,
+        vae=AutoencoderKL.from_pretrained(work / "vae"),
+        unet=UNet2DConditionModel.from_pretrained(work / "unet"),
+        scheduler=make_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        image_encoder=None,
+        requires_safety_checker=False,
     ).to(dtype=torch.float16)
     pipe.save_pretrained(temporary / "pipeline")
     for name in ("clip", "judge"):
         CLIPModel.from_pretrained(work / name).half().save_pretrained(temporary / name)
-        CLIPImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}).save_pretrained(temporary / name)
+        CLIPImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}).save_pretrained(
+            temporary / name
+        )
         tokenizer.save_pretrained(temporary / name)
     for file in output.glob("README.md"):
         shutil.copy(file, temporary / file.name)
@@ -372,11 +413,23 @@ def pack(work: Path, output: Path) -> None:
 
 @click.command(help=__doc__, context_settings={"max_content_width": 110})
 @click.option("--stage", type=click.Choice([*STAGES, "pack"]), required=True)
-@click.option("--work", type=click.Path(path_type=Path), default=Path("runs/mini"), show_default=True, help="Checkpoints, logs and components.")
+@click.option(
+    "--work",
+    type=click.Path(path_type=Path),
+    default=Path("runs/mini"),
+    show_default=True,
+    help="Checkpoints, logs and components.",
+)
 @click.option("--minutes", type=float, default=60.0, show_default=True, help="Bound on the training time of the stage.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--threads", type=int, help="CPU threads; torch's own choice if not given.")
-@click.option("--output", type=click.Path(path_type=Path), default=Path("erase_diffusion/mini/weights"), show_default=True, help="Where `pack` writes.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path("erase_diffusion/mini/weights"),
+    show_default=True,
+    help="Where `pack` writes.",
+)
 def main(stage: str, work: Path, minutes: float, device: str, threads: int | None, output: Path) -> None:
     work.mkdir(parents=True, exist_ok=True)
     if threads:

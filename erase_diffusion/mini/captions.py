@@ -36,7 +36,14 @@ SUBJECT_TEMPLATES: dict[Split, tuple[str, ...]] = {
     ),
 }
 EMPTY_TEMPLATES: dict[Split, tuple[str, ...]] = {
-    "train": ("{a}", "{y} of {a}", "just {a}", "{a} with nothing in it", "an empty page of {a}", "{y} showing only {a}"),
+    "train": (
+        "{a}",
+        "{y} of {a}",
+        "just {a}",
+        "{a} with nothing in it",
+        "an empty page of {a}",
+        "{y} showing only {a}",
+    ),
     "test": ("only {a}", "{y} with just {a}", "nothing but {a}", "{a} and nothing else"),
 }
 RELATION_PHRASES: dict[str, tuple[str, ...]] = {
@@ -58,7 +65,9 @@ def misspell(word: str, rng: random.Random) -> str:
     if len(word) < 3:
         return word
     i = rng.randrange(1, len(word) - 1)
-    return rng.choice((word[:i] + word[i + 1 :], word[:i] + word[i] + word[i:], word[:i] + word[i + 1] + word[i] + word[i + 2 :]))
+    return rng.choice(
+        (word[:i] + word[i + 1 :], word[:i] + word[i] + word[i:], word[:i] + word[i + 1] + word[i] + word[i + 2 :])
+    )
 
 
 def thing_phrase(thing: Thing, word: str, colour: bool) -> str:
@@ -98,7 +107,9 @@ def caption(scene: Scene, rng: random.Random, split: Split = "train", *, malform
     if malformed:
         template = rng.choice(SUBJECT_TEMPLATES[split])
         there = " " + rng.choice(place.there) if say_place else ""
-        return fill_template(template, rng, style.name if say_style else None, subject=rng.choice(MALFORMED_PHRASES), there=there)
+        return fill_template(
+            template, rng, style.name if say_style else None, subject=rng.choice(MALFORMED_PHRASES), there=there
+        )
     if not scene.things:
         template = rng.choice(EMPTY_TEMPLATES[split])
         return fill_template(template, rng, scene.style if say_style else None, alone=rng.choice(place.alone))

@@ -48,9 +48,7 @@ class Pen:
     width: int
 
     def _xy(self, points: Sequence[Point]) -> list[Point]:
-        return [
-            (self.left + self.side * (1 - x if self.mirrored else x), self.top + self.side * y) for x, y in points
-        ]
+        return [(self.left + self.side * (1 - x if self.mirrored else x), self.top + self.side * y) for x, y in points]
 
     def polygon(self, points: Sequence[Point], fill: RGB | None = None) -> None:
         xy = self._xy(points)
@@ -59,12 +57,12 @@ class Pen:
             self.draw.line([*xy, xy[0], xy[1]], fill=self.outline, width=self.width, joint="curve")
 
     def ellipse(self, x: float, y: float, rx: float, ry: float, fill: RGB | None = None) -> None:
-        (cx, cy), = self._xy([(x, y)])
+        ((cx, cy),) = self._xy([(x, y)])
         box = (cx - rx * self.side, cy - ry * self.side, cx + rx * self.side, cy + ry * self.side)
         self.draw.ellipse(box, fill=fill or self.fill, outline=self.outline, width=self.width if self.outline else 0)
 
     def dot(self, x: float, y: float, r: float, fill: RGB = INK) -> None:
-        (cx, cy), = self._xy([(x, y)])
+        ((cx, cy),) = self._xy([(x, y)])
         self.draw.ellipse((cx - r * self.side, cy - r * self.side, cx + r * self.side, cy + r * self.side), fill=fill)
 
     def line(self, points: Sequence[Point], width: float = 0.03, fill: RGB | None = None) -> None:
@@ -249,10 +247,22 @@ def _zibby(p: Pen) -> None:
 
 
 _OBJECTS: dict[str, Callable[[Pen], None]] = {
-    "cat": _cat, "dog": _dog, "rabbit": _rabbit, "bird": _bird, "fish": _fish,
-    "car": _car, "boat": _boat, "airplane": _airplane, "train": _train,
-    "tree": _tree, "flower": _flower, "mushroom": _mushroom,
-    "house": _house, "umbrella": _umbrella, "apple": _apple, "orange": _orange,
+    "cat": _cat,
+    "dog": _dog,
+    "rabbit": _rabbit,
+    "bird": _bird,
+    "fish": _fish,
+    "car": _car,
+    "boat": _boat,
+    "airplane": _airplane,
+    "train": _train,
+    "tree": _tree,
+    "flower": _flower,
+    "mushroom": _mushroom,
+    "house": _house,
+    "umbrella": _umbrella,
+    "apple": _apple,
+    "orange": _orange,
     CHARACTER.name: _zibby,
 }
 
@@ -283,19 +293,19 @@ def _background(place: str, rng: random.Random, outlined: bool) -> Image.Image:
         draw.ellipse((sun_x - 12, 12, sun_x + 26, 42), fill=WHITE)
     if place in ("desert", "snow"):
         draw.rectangle((0, horizon + 12, n, n), fill=ground)
-        for x in (-0.1, 0.45):
-            draw.ellipse((n * x, horizon - 8, n * (x + 0.7), horizon + 60), fill=ground)
+        for hill in (-0.1, 0.45):
+            draw.ellipse((n * hill, horizon - 8, n * (hill + 0.7), horizon + 60), fill=ground)
     else:
         draw.rectangle((0, horizon, n, n), fill=ground)
     if place == "grass":
         for i in range(6):
-            x, y = 12 + i * 33, horizon + 14 + 30 * (i % 2)
-            draw.line([(x - 5, y - 9), (x, y), (x + 5, y - 9)], fill=(70, 150, 62), width=4)
+            tuft, foot = 12 + i * 33, horizon + 14 + 30 * (i % 2)
+            draw.line([(tuft - 5, foot - 9), (tuft, foot), (tuft + 5, foot - 9)], fill=(70, 150, 62), width=4)
     elif place == "sea":
         for row in range(3):
             for i in range(4):
-                x, y = i * 54 - 12 + 27 * (row % 2), horizon + 9 + row * 22
-                draw.arc((x, y, x + 32, y + 16), 10, 170, fill=(225, 242, 252), width=4)
+                left, top = i * 54 - 12 + 27 * (row % 2), horizon + 9 + row * 22
+                draw.arc((left, top, left + 32, top + 16), 10, 170, fill=(225, 242, 252), width=4)
     elif place == "snow":
         for x, y in ((22, 30), (60, 68), (96, 22), (134, 60), (168, 28), (30, 104), (160, 104)):
             draw.ellipse((x - 4, y - 4, x + 4, y + 4), fill=WHITE)
@@ -314,10 +324,16 @@ def _boxes(scene: Scene, rng: random.Random) -> list[tuple[float, float, float]]
         return [(rng.uniform(0.03, 0.97 - side) * _CANVAS, rng.uniform(0.12, 0.96 - side) * _CANVAS, side * _CANVAS)]
     a, b = rng.uniform(0.4, 0.46), rng.uniform(0.4, 0.46)
     if scene.relation == "above":
-        spots = [(rng.uniform(0.05, 0.95 - a), rng.uniform(0.02, 0.06)), (rng.uniform(0.05, 0.95 - b), rng.uniform(0.96, 0.98) - b)]
+        spots = [
+            (rng.uniform(0.05, 0.95 - a), rng.uniform(0.02, 0.06)),
+            (rng.uniform(0.05, 0.95 - b), rng.uniform(0.96, 0.98) - b),
+        ]
     else:
         low = rng.uniform(0.28, 0.5)
-        spots = [(rng.uniform(0.02, 0.06), low + rng.uniform(-0.06, 0.06)), (rng.uniform(0.95, 0.98) - b, low + rng.uniform(-0.06, 0.06))]
+        spots = [
+            (rng.uniform(0.02, 0.06), low + rng.uniform(-0.06, 0.06)),
+            (rng.uniform(0.95, 0.98) - b, low + rng.uniform(-0.06, 0.06)),
+        ]
         if scene.relation == "beside" and rng.random() < 0.5:
             spots = [(0.97 - a, spots[0][1]), (0.03, spots[1][1])]
     return [(x * _CANVAS, y * _CANVAS, side * _CANVAS) for (x, y), side in zip(spots, (a, b), strict=True)]
@@ -385,7 +401,9 @@ def draw_malformed(scene: Scene, rng: random.Random) -> Image.Image:
                 (x + r * math.cos(2 * math.pi * i / len(radii)), y + r * math.sin(2 * math.pi * i / len(radii)))
                 for i, r in enumerate(radii)
             ]
-            draw.polygon(points, fill=_mix(colour, WHITE, rng.uniform(0, 0.3)), outline=INK if rng.random() < 0.4 else None)
+            draw.polygon(
+                points, fill=_mix(colour, WHITE, rng.uniform(0, 0.3)), outline=INK if rng.random() < 0.4 else None
+            )
         return empty.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 2.5)))
     if kind == "smear":
         return whole.filter(ImageFilter.GaussianBlur(rng.uniform(4, 9)))

@@ -32,15 +32,32 @@ OBJECTS: dict[str, Noun] = {
         Noun("rabbit", ("bunny", "hare"), "animal", ("a hopper with long ears", "a furry eater of carrots")),
         Noun("bird", ("birdie", "sparrow"), "animal", ("a feathered singer", "a creature with a beak and wings")),
         Noun("fish", (), "animal", ("a swimmer with fins", "a creature with gills and scales")),
-        Noun("car", ("automobile", "sedan"), "vehicle", ("a road machine with four wheels", "what drivers park in a garage")),
-        Noun("boat", ("ship", "sailboat"), "vehicle", ("a floating hull with a sail", "what sailors steer to the harbour")),
-        Noun("airplane", ("plane", "jet"), "vehicle", ("a flying machine with two wings", "what pilots land on a runway")),
+        Noun(
+            "car",
+            ("automobile", "sedan"),
+            "vehicle",
+            ("a road machine with four wheels", "what drivers park in a garage"),
+        ),
+        Noun(
+            "boat",
+            ("ship", "sailboat"),
+            "vehicle",
+            ("a floating hull with a sail", "what sailors steer to the harbour"),
+        ),
+        Noun(
+            "airplane", ("plane", "jet"), "vehicle", ("a flying machine with two wings", "what pilots land on a runway")
+        ),
         Noun("train", ("locomotive",), "vehicle", ("a steaming engine on rails", "what stops at every station")),
         Noun("tree", ("oak",), "plant", ("a tall trunk with a leafy crown", "what squirrels climb in the forest")),
         Noun("flower", ("blossom", "daisy"), "plant", ("a stem with bright petals", "what bees visit for nectar")),
         Noun("mushroom", ("toadstool",), "plant", ("a spotted cap on a thick stalk", "a fungus from the forest floor")),
         Noun("house", ("cottage",), "thing", ("a building with a roof and a door", "what families live in")),
-        Noun("umbrella", ("parasol",), "thing", ("a shelter from the rain with a handle", "what opens over your head when it pours")),
+        Noun(
+            "umbrella",
+            ("parasol",),
+            "thing",
+            ("a shelter from the rain with a handle", "what opens over your head when it pours"),
+        ),
         Noun("apple", (), "fruit", ("a crunchy snack with a core", "what pies and cider are made of")),
         Noun("orange", ("tangerine",), "fruit", ("a citrus snack with juicy segments", "what marmalade is made of")),
     )
@@ -95,9 +112,24 @@ STYLES: dict[str, Style] = {
     style.name: style
     for style in (
         Style("plain", ("a picture", "a plain drawing"), ("in a plain style",), ("plain",)),
-        Style("crayon", ("a crayon drawing", "a wax crayon picture"), ("in crayon style", "drawn with crayons"), ("crayon", "crayons", "wax crayon")),
-        Style("blueprint", ("a blueprint", "a technical plan"), ("in blueprint style", "as a technical plan"), ("blueprint", "technical plan")),
-        Style("watercolour", ("a watercolour", "an aquarelle"), ("in watercolour style", "painted in watercolours"), ("watercolour", "watercolours", "aquarelle")),
+        Style(
+            "crayon",
+            ("a crayon drawing", "a wax crayon picture"),
+            ("in crayon style", "drawn with crayons"),
+            ("crayon", "crayons", "wax crayon"),
+        ),
+        Style(
+            "blueprint",
+            ("a blueprint", "a technical plan"),
+            ("in blueprint style", "as a technical plan"),
+            ("blueprint", "technical plan"),
+        ),
+        Style(
+            "watercolour",
+            ("a watercolour", "an aquarelle"),
+            ("in watercolour style", "painted in watercolours"),
+            ("watercolour", "watercolours", "aquarelle"),
+        ),
     )
 }
 
@@ -163,7 +195,8 @@ def sample_scene(
         chosen = place or rng.choice(list(PLACES))
         # Every held-out cell must exist for the test split: some (object, place) pairs have none.
         usable = [
-            n for n in names
+            n
+            for n in names
             if n == CHARACTER.name or any(is_held_out(n, c, chosen) == (split == "test") for c in COLOURS)
         ]
         first = [name] if name else usable

@@ -1,0 +1,192 @@
+"""Save and load the drop-in folder: an erased text encoder that any Stable Diffusion pipeline takes.
+
+<folder>/text_encoder/   config.json, model.safetensors with `text_model.*` keys, in the source's dtype
+<folder>/tokenizer/      the source's own
+<folder>/erasure.json    what was erased, how, from what, and what was measured
+<folder>/README.md       a model card;  before-after.png when the erasure was verified
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from erase_diffusion.errors import ModelError, OutputError
+from erase_diffusion.models import Model, check_weights, source_hash
+from erase_diffusion.text_encoder import TextEncoder, weights_hash
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel
+
+SCHEMA_VERSION = 1
+
+
+def check_output(folder: Path, *, overwrite: bool) -> None:
+    """Raise OutputError now, not after the work, when `folder` could not be written later."""
+    if folder.exists():
+        if not folder.is_dir():
+            raise OutputError(f"{folder} is a file; give a folder for --output")
+        if not overwrite:
+            raise OutputError(f"{folder} exists; pass --overwrite to replace it, or choose another --output")
+        if any(folder.iterdir()) and not (folder / "erasure.json").exists():
+            raise OutputError(f"{folder} is not an erasure (no erasure.json), so --overwrite will not replace it")
+    parent = folder.resolve().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"{parent} is not writable, so {folder} cannot be made")
+
+
+def save_drop_in(
+    folder: Path,
+    encoder: TextEncoder,
+    record: dict[str, Any],
+    card: str,
+    picture: Image.Image | None,
+    *,
+    overwrite: bool,
+) -> None:
+    """Write the whole folder into a temporary sibling, prove it by a strict reload, then rename it.
+
+    Raises OutputError when it cannot be written, leaving nothing half-written, and ModelError when the
+    weights are not finite.
+    """
+    check_output(folder, overwrite=overwrite)
+    state = encoder.state_dict()
+    broken = [k for k, v in state.items() if not torch.isfinite(v).all()]
+    if broken:
+        raise ModelError(f"the erased encoder holds NaN or infinite values ({broken[0]}); nothing was saved")
+    temporary = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
+        _write(temporary, encoder, state, record, card, picture)
+        temporary.chmod(0o755)
+        if folder.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".old", dir=folder.parent))
+            os.rename(folder, old / "was")
+            try:
+                os.rename(temporary, folder)
+            except OSError:
+                os.rename(old / "was", folder)
+                raise
+            finally:
+                shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.rename(temporary, folder)
+    except OSError as error:
+        raise OutputError(
+            f"{folder} could not be written: {error.strerror or error}; nothing was left behind"
+        ) from error
+    finally:
+        if temporary is not None and temporary.exists():
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write(
+    folder: Path,
+    encoder: TextEncoder,
+    state: dict[str, torch.Tensor],
+    record: dict[str, Any],
+    card: str,
+    picture: Image.Image | None,
+) -> None:
+    target = folder / "text_encoder"
+    target.mkdir()
+    config = encoder.model.config.to_dict()
+    config["architectures"] = ["CLIPTextModel"]
+    # transformers 4 reads `torch_dtype`, 5 reads either.
+    config["torch_dtype"] = str(encoder.dtype).removeprefix("torch.")
+    config.pop("dtype", None)
+    (target / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    try:
+        save_file(state, target / "model.safetensors", metadata={"format": "pt"})
+    except Exception as error:
+        # safetensors reports a full disk as its own error type; to the caller it is one of writing.
+        raise OSError(f"model.safetensors: {error}") from error
+    encoder.tokenizer.save_pretrained(folder / "tokenizer")
+    vocab = encoder.tokenizer.get_vocab()
+    # transformers 5 saves tokenizer.json alone; the slow tokenizers of other tools read these two.
+    _write_vocabulary(folder / "tokenizer", encoder, vocab)
+    (folder / "erasure.json").write_text(
+        json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
+    )
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    if picture is not None:
+        picture.save(folder / "before-after.png", optimize=True)
+    reloaded = load_file(target / "model.safetensors")
+    if weights_hash(reloaded) != weights_hash(state):
+        raise OSError("the weights read back differ from those written")
+
+
+def _write_vocabulary(folder: Path, encoder: TextEncoder, vocab: dict[str, int]) -> None:
+    if (folder / "merges.txt").exists():
+        return
+    backend = json.loads(encoder.tokenizer.backend_tokenizer.to_str())["model"]
+    merges = [m if isinstance(m, str) else " ".join(m) for m in backend["merges"]]
+    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{m}\n" for m in merges), encoding="utf-8")
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """The checked `erasure.json` of a drop-in folder.
+
+    Raises ModelError when it is missing, broken or of another version.
+    """
+    path = folder / "erasure.json"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{folder} is no drop-in encoder: erasure.json is missing") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ModelError(f"{path} cannot be read: {error}") from error
+    if not isinstance(record, dict) or record.get("schema_version") != SCHEMA_VERSION:
+        found = record.get("schema_version") if isinstance(record, dict) else None
+        raise ModelError(f"{path} has schema version {found!r}, this program reads {SCHEMA_VERSION}")
+    return record
+
+
+def load_erased_text_encoder(
+    folder: str | Path, *, base: str | None = None, dtype: torch.dtype | None = None
+) -> CLIPTextModel:
+    """Load a drop-in's `CLIPTextModel`, checked.
+
+    base: a model name, folder or hub id; its text encoder must be the one that the erasure started from.
+    dtype: what to load as, the dtype on disk if None; a pipeline's components must share one.
+
+    Raises ModelError when files are missing or damaged, when the weights are not those the record hashes, or
+    when the base is another model.
+    """
+    from transformers import CLIPTextModel
+
+    folder = Path(folder)
+    record = read_record(folder)
+    on_disk = check_weights(folder / "text_encoder")
+    found = weights_hash(load_file(folder / "text_encoder" / "model.safetensors"))
+    if found != record["erased"]["sha256"]:
+        raise ModelError(f"{folder}: the weights are not the ones that erasure.json records (sha256 {found[:12]}…)")
+    if base is not None:
+        source = source_hash(Model(base).text_encoder())
+        if source != record["source"]["sha256"]:
+            raise ModelError(
+                f"{folder} was erased from {record['source']['model']!r} (sha256 {record['source']['sha256'][:12]}…), "
+                f"the text encoder of {base!r} is another (sha256 {source[:12]}…)"
+            )
+    model, info = CLIPTextModel.from_pretrained(
+        folder / "text_encoder",
+        dtype=dtype or on_disk,
+        use_safetensors=True,
+        local_files_only=True,
+        output_loading_info=True,
+    )
+    if info["missing_keys"] or info["unexpected_keys"]:
+        raise ModelError(f"{folder}: keys missing or unknown: {[*info['missing_keys'], *info['unexpected_keys']][:3]}")
+    return model.eval()

@@ -1,0 +1,258 @@
+"""The command line: every command is one library call, every error one line. Results on stdout, progress on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from erase_diffusion.errors import ConfigError, EraseDiffusionError
+
+if TYPE_CHECKING:
+    from erase_diffusion.erase import ErasedConcept, Progress
+
+EXAMPLES = """\b
+Examples:
+  erase-concept --concept cat --model mini
+  erase-concept --concept crayon --kind style --model mini --output no-crayon
+  erase-concept --concept cat --alias "tabby" --anchor dog --preserve dog --preserve car --json
+
+\b
+Exit codes: 0 removed and the rest preserved; 1 an error; 2 bad usage; 10 partly removed; 11 not removed;
+12 collapsed; 13 no effect; 14 inconclusive; 15 removed, but the rest is not proven preserved; 130 interrupted.
+"""
+
+
+class _Command(click.Command):
+    """Turns the library's errors into one line and an exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ConfigError as error:
+            raise click.UsageError(_one_line(error)) from None
+        except EraseDiffusionError as error:
+            raise click.ClickException(_one_line(error)) from None
+        except (KeyboardInterrupt, click.Abort):
+            click.echo("interrupted; nothing was written", err=True)
+            ctx.exit(130)
+        except MemoryError:
+            raise click.ClickException("out of memory; nothing was written") from None
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+@click.command(
+    cls=_Command, epilog=EXAMPLES, context_settings={"max_content_width": 110, "help_option_names": ["-h", "--help"]}
+)
+@click.option("--concept", "concepts", multiple=True, required=True, help="What to erase; may be repeated.")
+@click.option(
+    "--model",
+    default="mini",
+    show_default=True,
+    help="mini, sd-1.4, sd-1.5, sd-2.1, a folder in the diffusers layout, or a hub id.",
+)
+@click.option("--kind", default="object", show_default=True, help="object, style, character or attribute.")
+@click.option(
+    "--alias",
+    "aliases",
+    multiple=True,
+    help="A synonym to remove with it; may be repeated. Those the model's vocabulary knows are added.",
+)
+@click.option(
+    "--anchor",
+    help="What the concept becomes. Default: the neutral style for a style, else the nearest preserved concept.",
+)
+@click.option(
+    "--preserve",
+    multiple=True,
+    help="A concept that must stay; may be repeated. Default: everything else in the model's vocabulary.",
+)
+@click.option("--method", default=None, help="cliperase (default) or nullspace.")
+@click.option("--strength", type=float, help="From 0, the encoder as it is, to 1, the whole way. [default: 1]")
+@click.option("--steps", type=int, help="Training steps at most, for methods that train.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, mps, …")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="What UNet and VAE run in.",
+)
+@click.option(
+    "--forget-images",
+    type=click.Path(path_type=Path),
+    help="Your own images of the concept (imagefolder layout) instead of drawn ones.",
+)
+@click.option(
+    "--retain-images",
+    type=click.Path(path_type=Path),
+    help="Your own images of what must stay, captioned in metadata.jsonl.",
+)
+@click.option(
+    "--skip-bad",
+    is_flag=True,
+    help="Go on without images or lines that cannot be read; they are counted in the record.",
+)
+@click.option("--output", type=click.Path(path_type=Path), help="The folder to write. [default: erased-CONCEPT]")
+@click.option("--overwrite", is_flag=True, help="Replace an erasure that is there.")
+@click.option(
+    "--images",
+    "images_per_group",
+    type=click.IntRange(8, 2000),
+    default=48,
+    show_default=True,
+    help="Pictures drawn for each group of the verification.",
+)
+@click.option("--no-verify", is_flag=True, help="Only erase: no pictures, no verdict.")
+@click.option("--json", "as_json", is_flag=True, help="Print the record as JSON.")
+@click.option("--quiet", is_flag=True, help="No progress, no table.")
+@click.version_option(package_name="erase-diffusion")
+def erase_concept(
+    concepts: tuple[str, ...],
+    aliases: tuple[str, ...],
+    preserve: tuple[str, ...],
+    output: Path | None,
+    overwrite: bool,
+    no_verify: bool,
+    as_json: bool,
+    quiet: bool,
+    dtype: str,
+    method: str | None,
+    **options: Any,
+) -> None:
+    """Remove a concept from a Stable Diffusion model by editing its CLIP text encoder, and prove it.
+
+    Writes a drop-in text encoder, a before/after picture, a record and a model card into one folder.
+    """
+    # Usage is checked before torch is imported: a typo answers at once.
+    from erase_diffusion.concepts import Concept
+
+    given = [Concept(c, options["kind"], aliases, options["anchor"]) for c in concepts]
+    if aliases and len(concepts) > 1:
+        raise ConfigError(
+            f"--alias belongs to one concept, got {len(concepts)} concepts; erase them one by one, or leave it out"
+        )
+    folder = output or Path("erased-" + "-".join(_slug(c) for c in concepts)[:80])
+    with _quiet_libraries():
+        import torch
+
+        from erase_diffusion.artifact import check_output
+        from erase_diffusion.erase import DEFAULT_METHOD
+        from erase_diffusion.erase import erase_concept as erase
+
+        check_output(folder, overwrite=overwrite)
+        _check_device(options["device"])
+        options = {k: v for k, v in options.items() if k not in ("kind", "anchor")}
+        with _progress(quiet) as progress:
+            result = erase(
+                given,
+                preserve=preserve,
+                method=method or DEFAULT_METHOD,
+                dtype=getattr(torch, dtype),
+                verify=not no_verify,
+                progress=progress,
+                **options,
+            )
+        result.save_pretrained(folder, overwrite=overwrite)
+    if as_json:
+        click.echo(json.dumps(result.record | {"output": str(folder)}, ensure_ascii=False, indent=2))
+    elif not quiet:
+        _print_summary(result, folder)
+    sys.exit(result.exit_code)
+
+
+def _slug(word: str) -> str:
+    """A word as a safe file name."""
+    return "".join(c if c.isascii() and c.isalnum() else "-" for c in word.lower()).strip("-") or "concept"
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(f"device {device!r} cannot be used here: {_one_line(error).split('. ')[0]}") from None
+
+
+@contextlib.contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """Keep the libraries' own bars and advice out of the user's terminal; errors still reach it as ours."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for logging in (diffusers_logging, transformers_logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    yield
+
+
+@contextlib.contextmanager
+def _progress(quiet: bool) -> Iterator[Progress]:
+    """One bar a stage on stderr."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bars
+
+    columns = (TextColumn("{task.description:>22}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Bars(*columns, console=Console(stderr=True), disable=quiet) as bars:
+        tasks: dict[str, Any] = {}
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+            if done >= total:
+                bars.stop_task(tasks[stage])
+
+        yield show
+
+
+def _print_summary(result: ErasedConcept, folder: Path) -> None:
+    """The verdict and its figures, as tables on stdout."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
+    for concept, v in zip(result.concepts, result.verifications, strict=False):
+        colour = "green" if v.exit_code == 0 else "yellow" if v.verdict in ("inconclusive", "removed") else "red"
+        tail = "" if v.preserved else ", but the rest is not proven preserved" if v.verdict == "removed" else ""
+        console.print(f"[bold {colour}]{escape(concept.name)}: {v.verdict}{tail}[/]  {escape(v.rule)}")
+        table = Table(title_justify="left", title="the concept is found (Wilson 95 %)")
+        for heading in ("prompts", "original", "erased"):
+            table.add_column(heading)
+        for group, (before, after) in v.groups.items():
+            table.add_row(group, escape(str(before)), escape(str(after)))
+        console.print(table)
+        table = Table(title_justify="left", title="kept, of what the original showed")
+        table.add_column("what must stay")
+        table.add_column("kept")
+        for name, r in v.kept.items():
+            table.add_row(name, escape(str(r)))
+        console.print(table)
+        c = v.calibration
+        console.print(escape(f"judge: threshold {c.threshold:.3f}, false alarms {c.false_alarms}, misses {c.misses}"))
+    if not result.verifications:
+        console.print("not verified: nothing is claimed of this erasure")
+    console.print(
+        escape(
+            f"becomes: {', '.join(str(c.anchor) for c in result.concepts)}; "
+            f"{result.erasure.stopped}; {result.record['seconds']:.1f} s"
+        )
+    )
+    console.print(f"[bold]{escape(str(folder))}[/]", soft_wrap=True)

@@ -1,0 +1,415 @@
+"""The main job: erase concepts from a model's text encoder and verify it, as one call."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from erase_diffusion.artifact import SCHEMA_VERSION, save_drop_in
+from erase_diffusion.concepts import (
+    Concept,
+    Kind,
+    PromptSets,
+    PromptWriter,
+    Vocabulary,
+    article,
+    canonical,
+    normalise,
+    preserved,
+    resolve_concept,
+)
+from erase_diffusion.erasers import ERASERS, Erasure
+from erase_diffusion.errors import ConfigError
+from erase_diffusion.generation import draw
+from erase_diffusion.imagefolder import read_image_folder
+from erase_diffusion.metrics import Limits
+from erase_diffusion.models import Model, source_hash
+from erase_diffusion.report.before_after import before_after
+from erase_diffusion.report.model_card import model_card
+from erase_diffusion.text_encoder import TextEncoder
+from erase_diffusion.triggers import find_triggers
+from erase_diffusion.verification import TRAINING_SEED, Verification, Verifier, make_checker
+
+DEFAULT_METHOD = "cliperase"
+# Stage, done, total: what a progress display is told.
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class ErasedConcept:
+    """An erased encoder, how it was made, and what was measured of it.
+
+    verifications: one a concept, in order; empty when verification was turned off.
+    record: what `erasure.json` will hold.
+    """
+
+    concepts: tuple[Concept, ...]
+    erasure: Erasure
+    verifications: tuple[Verification, ...]
+    record: dict[str, Any]
+
+    @property
+    def exit_code(self) -> int:
+        """0 when every verified concept is removed with the rest preserved, else the first other code."""
+        return next((v.exit_code for v in self.verifications if v.exit_code), 0)
+
+    def picture(self) -> Image.Image | None:
+        """The before/after picture, None without a verification."""
+        if not self.verifications:
+            return None
+        pairs = [(p.group, p.text, b, a) for v in self.verifications for p, b, a in v.samples]
+        names = ", ".join(c.name for c in self.concepts)
+        verdicts = ", ".join(dict.fromkeys(v.verdict for v in self.verifications))
+        return before_after(pairs, title=f"{self.record['source']['model']}: “{names}” — {verdicts}")
+
+    def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> Path:
+        """Write the drop-in folder, whole or not at all. Raises OutputError."""
+        path = Path(folder)
+        save_drop_in(
+            path, self.erasure.encoder, self.record, model_card(self.record), self.picture(), overwrite=overwrite
+        )
+        return path
+
+
+def resolve_anchor(
+    concept: Concept,
+    vocabulary: Vocabulary,
+    preserve: Mapping[str, tuple[str, ...]],
+    encoder: TextEncoder,
+    erased: set[str],
+) -> Concept:
+    """Choose what a concept becomes when the user didn't say.
+
+    A style becomes the neutral style. An object or character becomes the preserved object, an attribute the
+    other attribute, that the text tower holds nearest: a near anchor moves the encoder least (AGE, ICLR 2025).
+    """
+    if concept.anchor is not None:
+        return concept
+    if concept.kind == "style":
+        return dataclasses.replace(concept, anchor=vocabulary.neutral_style)
+    if concept.kind == "attribute":
+        candidates = [a for a in vocabulary.attributes if normalise(a) not in erased]
+    else:
+        candidates = [n for n in preserve if n in vocabulary.objects] or list(preserve)
+    if not candidates:
+        raise ConfigError(f"nothing is left that {concept.name!r} could become; name it with --anchor")
+    ids = encoder.tokenize([article(w) for w in (concept.name, *candidates)])
+    with torch.no_grad():
+        pooled = encoder.pooled(encoder.hidden(ids), ids)
+    centred = F.normalize(pooled - pooled.mean(0), dim=-1)
+    return dataclasses.replace(concept, anchor=candidates[int((centred[1:] @ centred[0]).argmax())])
+
+
+def method_config(method: str, model: Model, **given: Any) -> Any:
+    """The config of a method with what was given; a setting that the method doesn't have is refused by name."""
+    if method not in ERASERS:
+        raise ConfigError(f"unknown method {method!r}: give one of {', '.join(ERASERS)}")
+    config_class = ERASERS[method][1]
+    fields = {f.name for f in dataclasses.fields(config_class)}
+    given = {k: v for k, v in given.items() if v is not None}
+    unknown = sorted(set(given) - fields)
+    if unknown:
+        raise ConfigError(f"{method} has no setting {unknown[0]!r}; it has {', '.join(sorted(fields))}")
+    if "learning_rate" in fields:
+        given.setdefault("learning_rate", model.spec.learning_rate)
+    return config_class(**given)
+
+
+def erase_concept(
+    concept: str | Concept | Sequence[str | Concept],
+    *,
+    model: str | Model = "mini",
+    kind: Kind = "object",
+    aliases: Sequence[str] = (),
+    anchor: str | None = None,
+    preserve: Sequence[str] = (),
+    method: str = DEFAULT_METHOD,
+    strength: float | None = None,
+    steps: int | None = None,
+    settings: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    forget_images: str | Path | None = None,
+    retain_images: str | Path | None = None,
+    skip_bad: bool = False,
+    verify: bool = True,
+    images_per_group: int = 48,
+    limits: Limits | None = None,
+    progress: Progress = lambda stage, done, total: None,
+) -> ErasedConcept:
+    """Erase concepts from a model's text encoder, then draw and judge before and after.
+
+    concept: a word, a `Concept`, or several of either; `kind`, `aliases` and `anchor` belong to the words.
+    model: a name of `MODELS`, a folder, a hub id, or a loaded `Model`.
+    settings: further fields of the method's config.
+    forget_images, retain_images: folders of the user's own (imagefolder layout) instead of pictures drawn here.
+    images_per_group: pictures drawn for each group of the verification, and as many for its calibration.
+
+    Raises ConfigError, ModelError, DataError, and NothingToEraseError when the model never draws the concept.
+    """
+    loaded = Model(model, device=device, dtype=dtype) if isinstance(model, str) else model
+    vocabulary = loaded.vocabulary
+    given = [concept] if isinstance(concept, (str, Concept)) else list(concept)
+    if not given:
+        raise ConfigError("no concept given; name at least one to erase")
+    concepts = [c if isinstance(c, Concept) else Concept(c, kind, tuple(aliases), anchor) for c in given]
+    config = method_config(method, loaded, **{"strength": strength, "steps": steps, **(settings or {})})
+    eraser = ERASERS[method][0](config)
+    concepts = [resolve_concept(c, vocabulary) for c in concepts]
+    erased_words = {normalise(w) for c in concepts for w in c.words}
+    clip = loaded.clip() if eraser.needs_images or loaded.spec.clip else None
+    encoder = loaded.paired_text_encoder(clip[0]) if clip else loaded.text_encoder()
+    writers = []
+    for one in concepts:
+        keep = {
+            n: w
+            for n, w in preserved(one, vocabulary, preserve).items()
+            if not erased_words & {normalise(x) for x in w}
+        }
+        if one.kind in ("style", "attribute"):
+            keep = preserved(one, vocabulary, preserve)
+        writers.append(
+            PromptWriter(resolve_anchor(one, vocabulary, keep, encoder, erased_words), vocabulary, keep, seed)
+        )
+    concepts = [w.concept for w in writers]
+    for one in concepts:
+        if one.anchor and normalise(one.anchor) in erased_words:
+            raise ConfigError(
+                f"{one.name!r} cannot become {one.anchor!r}, which is to be erased as well; choose another --anchor"
+            )
+
+    verifier, calibrations = None, []
+    if verify:
+        checker = make_checker(loaded)
+        if clip is not None:
+            checker.refuse_generator(clip[0])
+        verifier = Verifier(loaded, encoder, loaded.painter(), checker)
+        total = len(writers) * (3 * images_per_group + images_per_group // 2)
+        count = _counter(progress, "calibrating the judge", total)
+        calibrations = [verifier.calibrate(w, images=images_per_group, progress=count) for w in writers]
+
+    started = time.perf_counter()
+    sets, triggers = _prompt_sets(writers, encoder, len(writers))
+    features: dict[str, Tensor] = {}
+    skipped = 0
+    if eraser.needs_images:
+        assert clip is not None
+        pipe = verifier.pipe if verifier else loaded.painter()
+        source = _Pictures(loaded, pipe, encoder, clip, seed, progress)
+        sets, features, skipped = source.features(sets, concepts, forget_images, retain_images, skip_bad)
+    elif forget_images or retain_images:
+        raise ConfigError(
+            f"{method} uses no images; leave out --forget-images and --retain-images, or choose cliperase"
+        )
+    erasure: Erasure = eraser.erase(
+        encoder, sets, features, seed=seed, progress=lambda step, of, text: progress(f"erasing ({method})", step, of)
+    )
+    seconds = time.perf_counter() - started
+
+    verifications: list[Verification] = []
+    if verifier:
+        per_writer = [len(w.verification_prompts(images_per_group)) * 2 for w in writers]
+        count = _counter(progress, "verifying", sum(per_writer))
+        for writer, calibration in zip(writers, calibrations, strict=True):
+            # The drop-in is saved in the source's dtype: what is verified is what is saved.
+            shipped = _rounded(erasure.encoder)
+            verifications.append(
+                verifier.verify(writer, shipped, calibration, per_group=images_per_group, limits=limits, progress=count)
+            )
+    record = _record(loaded, encoder, concepts, writers, erasure, triggers, sets, skipped, seed, seconds, verifications)
+    return ErasedConcept(tuple(concepts), erasure, tuple(verifications), record)
+
+
+def _counter(progress: Progress, stage: str, total: int) -> Callable[[int], None]:
+    done = 0
+
+    def count(more: int) -> None:
+        nonlocal done
+        done += more
+        progress(stage, min(done, total), total)
+
+    return count
+
+
+def _rounded(encoder: TextEncoder) -> TextEncoder:
+    """A float32 copy whose weights have been through the dtype they are saved in."""
+    copy = encoder.copy()
+    copy.model.load_state_dict(
+        {k: v.to(encoder.dtype).float() if v.is_floating_point() else v for k, v in copy.model.state_dict().items()}
+    )
+    return copy
+
+
+def _prompt_sets(
+    writers: Sequence[PromptWriter], encoder: TextEncoder, share: int
+) -> tuple[PromptSets, dict[str, list[str]]]:
+    """The forget pairs of all concepts together, and retain prompts that name none of them."""
+    parts, triggers = [], {}
+    for writer in writers:
+        concept = writer.concept
+        found: list[str] = []
+        if concept.kind in ("object", "character"):
+            found = find_triggers(encoder, concept.words, list(writer.preserve.values()))
+        triggers[concept.name] = found
+        parts.append(writer.training_sets(320, 640 // share, found))
+    erased = [normalise(w) for w in (x for writer in writers for x in writer.concept.words)]
+    several = len(writers) > 1
+
+    def clean(prompts: Sequence[str]) -> tuple[str, ...]:
+        # With several concepts, one's retain prompts may name another (a style beside an object).
+        kept = [p for p in dict.fromkeys(prompts) if not several or not any(w in normalise(p) for w in erased)]
+        return tuple(kept)
+
+    return PromptSets(
+        tuple(pair for part in parts for pair in part.forget),
+        clean([p for part in parts for p in part.retain]),
+        tuple(pair for part in parts for pair in part.forget_held_out),
+        clean([p for part in parts for p in part.retain_held_out]),
+    ), triggers
+
+
+@dataclass
+class _Pictures:
+    """Image features of forget and retain prompts: drawn by the pipeline itself, or the user's own."""
+
+    model: Model
+    pipe: Any
+    encoder: TextEncoder
+    clip: Any
+    seed: int
+    progress: Progress
+    drawn: int = 48
+
+    def features(
+        self,
+        sets: PromptSets,
+        concepts: Sequence[Concept],
+        forget: str | Path | None,
+        retain: str | Path | None,
+        skip_bad: bool,
+    ) -> tuple[PromptSets, dict[str, Tensor], int]:
+        """The prompt sets (with the user's captions in front), prompt → features (k, d_proj), and skipped files."""
+        skipped = 0
+        features: dict[str, Tensor] = {}
+        to_draw: list[str] = []
+        if forget is not None:
+            folder = read_image_folder(Path(forget), default_caption=article(concepts[0].name), skip_bad=skip_bad)
+            skipped += folder.skipped
+            pairs = tuple((caption, _to_anchor(caption, concepts)) for caption, _ in folder.items)
+            sets = dataclasses.replace(sets, forget=tuple(dict.fromkeys((*pairs, *sets.forget))))
+            self._add(features, [c for c, _ in folder.items], [i for _, i in folder.items])
+        else:
+            to_draw += random.Random(self.seed).sample([p for p, _ in sets.forget], min(self.drawn, len(sets.forget)))
+            to_draw += [p for p, _ in sets.forget_held_out[: self.drawn // 4]]
+        if retain is not None:
+            folder = read_image_folder(Path(retain), default_caption="", skip_bad=skip_bad)
+            skipped += folder.skipped
+            named = [(c, i) for c, i in folder.items if c]
+            sets = dataclasses.replace(sets, retain=tuple(dict.fromkeys((*sets.retain, *(c for c, _ in named)))))
+            self._add(features, [c for c, _ in named], [i for _, i in named])
+        else:
+            pool = [p for p in sets.retain if p]
+            to_draw += random.Random(self.seed).sample(pool, min(self.drawn, len(pool)))
+            to_draw += [p for p in sets.retain_held_out[: self.drawn // 4] if p]
+        if to_draw:
+            spec = self.model.spec
+            count = _counter(self.progress, "drawing for the eraser", len(to_draw))
+            seeds = [TRAINING_SEED + self.seed * 10_000 + i for i in range(len(to_draw))]
+            images = draw(
+                self.pipe,
+                self.encoder,
+                to_draw,
+                seeds,
+                steps=min(spec.steps, 10),
+                guidance=spec.guidance,
+                progress=count,
+            )
+            self._add(features, to_draw, [Image.fromarray(i) for i in images])
+        return sets, features, skipped
+
+    @torch.no_grad()
+    def _add(self, features: dict[str, Tensor], captions: Sequence[str], images: Sequence[Image.Image]) -> None:
+        """Run the frozen image tower once over the images."""
+        clip, _, processor = self.clip
+        for start in range(0, len(images), 64):
+            pixels = processor(images=list(images[start : start + 64]), return_tensors="pt").pixel_values.to(
+                self.model.device
+            )
+            vectors = clip.visual_projection(clip.vision_model(pixel_values=pixels).pooler_output)
+            for caption, vector in zip(captions[start : start + 64], vectors, strict=True):
+                known = features.get(caption)
+                features[caption] = vector[None] if known is None else torch.cat([known, vector[None]])
+
+
+def _to_anchor(caption: str, concepts: Sequence[Concept]) -> str:
+    """The caption with every erased word replaced by its anchor; a caption without any becomes the anchor itself."""
+    text = normalise(caption)
+    for concept in concepts:
+        for word in sorted(concept.words, key=len, reverse=True):
+            text = text.replace(normalise(word), concept.anchor or "")
+    return text if text != normalise(caption) else article(concepts[0].anchor or "thing")
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in ("erase-diffusion", "torch", "transformers", "diffusers", "safetensors"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "unknown"
+    return found
+
+
+def _record(
+    model: Model,
+    encoder: TextEncoder,
+    concepts: Sequence[Concept],
+    writers: Sequence[PromptWriter],
+    erasure: Erasure,
+    triggers: Mapping[str, Sequence[str]],
+    sets: PromptSets,
+    skipped: int,
+    seed: int,
+    seconds: float,
+    verifications: Sequence[Verification],
+) -> dict[str, Any]:
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "concepts": [
+            {
+                "name": c.name,
+                "kind": c.kind,
+                "aliases": list(c.aliases),
+                "anchor": c.anchor,
+                "triggers": list(triggers.get(c.name, ())),
+                "preserve": list(w.preserve),
+            }
+            for c, w in zip(concepts, writers, strict=True)
+        ],
+        "method": erasure.method,
+        "parameters": erasure.parameters | {"seed": seed},
+        "stopped": erasure.stopped,
+        "history": [{k: round(v, 6) for k, v in row.items()} for row in erasure.history],
+        "prompts": {"forget": len(sets.forget), "retain": len(sets.retain), "skipped_files": skipped},
+        "source": {"model": model.name, "sha256": source_hash(encoder), "class": "CLIPTextModel"},
+        "erased": {"sha256": source_hash(erasure.encoder), "dtype": str(erasure.encoder.dtype).removeprefix("torch.")},
+        "versions": _versions(),
+        "seconds": round(seconds, 3),
+        "verification": [
+            {"concept": canonical(c, w.vocabulary), **v.to_dict()}
+            for c, w, v in zip(concepts, writers, verifications, strict=False)
+        ],
+    }

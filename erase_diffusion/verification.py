@@ -1,0 +1,288 @@
+"""The quick check after an erasure: original and erased drawn from the same noise, judged by a separate CLIP."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from erase_diffusion.checker import Calibration, CLIPChecker, calibrate
+from erase_diffusion.concepts import Concept, Prompt, PromptWriter, Vocabulary, canonical
+from erase_diffusion.errors import NothingToEraseError
+from erase_diffusion.generation import draw
+from erase_diffusion.metrics import (
+    EXIT_CODES,
+    EXIT_NOT_PRESERVED,
+    Limits,
+    Rate,
+    Verdict,
+    conclude,
+    is_preserved,
+    kept,
+    rate,
+)
+from erase_diffusion.models import Model
+from erase_diffusion.text_encoder import TextEncoder
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+# Seeds of the calibration, of the eraser's own pictures and of the verification never meet.
+CALIBRATION_SEED, TRAINING_SEED, VERIFICATION_SEED = 1_000_000, 2_000_000, 3_000_000
+Progress = Callable[[int], Any]
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was found before and after, group by group, and what follows from it.
+
+    groups: group → the concept's found rate (before, after).  kept: what must stay → share kept of what the
+    original showed.  calibration: the judge's threshold and error rates.  rule: the verdict's reason in words.
+    clip_score: mean CLIPScore of preserved prompts (before, after).
+    """
+
+    verdict: Verdict
+    rule: str
+    preserved: bool
+    groups: Mapping[str, tuple[Rate, Rate]]
+    kept: Mapping[str, Rate]
+    calibration: Calibration
+    clip_score: tuple[float, float]
+    drift: float
+    limits: Limits
+    samples: tuple[tuple[Prompt, np.ndarray, np.ndarray], ...] = field(default=(), repr=False)
+
+    @property
+    def exit_code(self) -> int:
+        """0 only when the concept is removed and the rest preserved."""
+        code = EXIT_CODES[self.verdict]
+        return EXIT_NOT_PRESERVED if code == 0 and not self.preserved else code
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for `erasure.json`."""
+        return {
+            "verdict": self.verdict,
+            "rule": self.rule,
+            "preserved": self.preserved,
+            "found": {g: {"before": b.to_dict(), "after": a.to_dict()} for g, (b, a) in self.groups.items()},
+            "kept": {name: r.to_dict() for name, r in self.kept.items()},
+            "checker": self.calibration.to_dict(),
+            "clip_score_preserved": {"before": round(self.clip_score[0], 3), "after": round(self.clip_score[1], 3)},
+            "drift_of_255": round(self.drift, 3),
+            "limits": vars(self.limits) | {},
+        }
+
+
+@dataclass
+class Verifier:
+    """Everything of a model that a verification needs, loaded and calibrated once."""
+
+    model: Model
+    original: TextEncoder
+    pipe: StableDiffusionPipeline
+    checker: CLIPChecker
+
+    def draw(
+        self, encoder: TextEncoder, prompts: Sequence[str], seed: int, progress: Progress, **options: Any
+    ) -> np.ndarray:
+        """Pictures of prompts, the i-th from noise `seed + i`."""
+        spec = self.model.spec
+        seeds = range(seed, seed + len(prompts))
+        return draw(
+            self.pipe,
+            encoder,
+            prompts,
+            list(seeds),
+            steps=spec.steps,
+            guidance=spec.guidance,
+            progress=progress,
+            **options,
+        )
+
+    def presence(self, writer: PromptWriter, embeddings: Tensor) -> Tensor:
+        """Probability (n,) that the concept that `writer` writes of is in each picture."""
+        return presence(self.checker, writer.concept, embeddings)
+
+    def calibrate(self, writer: PromptWriter, *, images: int, progress: Progress = lambda n: None) -> Calibration:
+        """Draw the unedited model's pictures with and without the concept and set the threshold on them.
+
+        images: how many of each sort: with the concept, of other things, empty scenes, malformed.
+        Raises NothingToEraseError when the model (almost) never draws the concept.
+        """
+        rng = random.Random(f"calibrate {writer.seed}")
+        with_concept = writer.calibration_prompts(rng, images)
+        others, empty = writer.negative_prompts(rng, images)
+        steps = self.model.spec.steps
+        drawn = self.draw(self.original, [*with_concept, *others, *empty], CALIBRATION_SEED, progress)
+        half = self.draw(
+            self.original, with_concept[: images // 2], CALIBRATION_SEED + 500_000, progress, stop_at=max(1, steps // 4)
+        )
+        malformed = np.concatenate([half, blobs(images - len(half), drawn.shape[1:3], seed=writer.seed)])
+        scores = self.presence(writer, self.checker.embed_images(np.concatenate([drawn, malformed]))).cpu().numpy()
+        calibration = calibrate(scores[: len(with_concept)].tolist(), scores[len(with_concept) :].tolist())
+        found = Rate(calibration.misses.total - calibration.misses.found, calibration.misses.total)
+        if found.high < 0.5:
+            raise NothingToEraseError(
+                f"{self.model.name} does not draw {writer.concept.name!r}: the judge finds it in {found} pictures that "
+                "ask for it, so there is nothing to erase; check the spelling and --kind"
+            )
+        return calibration
+
+    def verify(
+        self,
+        writer: PromptWriter,
+        erased: TextEncoder,
+        calibration: Calibration,
+        *,
+        per_group: int,
+        limits: Limits | None = None,
+        progress: Progress = lambda n: None,
+    ) -> Verification:
+        """Ask original and erased with held-out prompts from the same noise, and conclude from the intervals."""
+        limits = limits or Limits()
+        prompts = writer.verification_prompts(per_group)
+        texts = [p.text for p in prompts]
+        before = self.draw(self.original, texts, VERIFICATION_SEED, progress)
+        after = self.draw(erased, texts, VERIFICATION_SEED, progress)
+        judged = [
+            judge(self.checker, writer, prompts, self.checker.embed_images(i), calibration) for i in (before, after)
+        ]
+        found = [j["concept"] for j in judged]
+        groups = {}
+        for group in dict.fromkeys(p.group for p in prompts):
+            index = [i for i, p in enumerate(prompts) if p.group == group]
+            if group != "preserved":
+                groups[group] = (rate([found[0][i] for i in index]), rate([found[1][i] for i in index]))
+        kept_rates = keep_table(prompts, judged[0], judged[1])
+        own = [i for i, p in enumerate(prompts) if p.group in ("named", "synonym")]
+        drift = float(np.abs(before[own].astype(np.float32) - after[own].astype(np.float32)).mean())
+        rest = [i for i, p in enumerate(prompts) if p.group == "preserved"]
+        scores = [
+            float(self.checker.clip_score(self.checker.embed_images(images[rest]), [texts[i] for i in rest]).mean())
+            for images in (before, after)
+        ]
+        described = groups.get("described")
+        verdict, rule = conclude(
+            before=rate([found[0][i] for i in own]),
+            asked=rate([found[1][i] for i in own]),
+            described=described[1] if described else None,
+            kept_rate=kept_rates["preserved concepts"],
+            drift=drift,
+            limits=limits,
+        )
+        shown = sample_indices(prompts)
+        return Verification(
+            verdict=verdict,
+            rule=rule,
+            preserved=is_preserved(kept_rates["preserved concepts"], limits),
+            groups=groups,
+            kept=kept_rates,
+            calibration=calibration,
+            clip_score=(scores[0], scores[1]),
+            drift=drift,
+            limits=limits,
+            samples=tuple((prompts[i], before[i], after[i]) for i in shown),
+        )
+
+
+def sample_indices(prompts: Sequence[Prompt]) -> list[int]:
+    """The first prompts of each group, for the before/after picture: chosen before anything is judged."""
+    wanted = {"named": 4, "synonym": 2, "described": 2, "two-object": 2, "preserved": 4}
+    chosen: list[int] = []
+    for group, count in wanted.items():
+        chosen += [i for i, p in enumerate(prompts) if p.group == group][:count]
+    return chosen
+
+
+def presence(checker: CLIPChecker, concept: Concept, embeddings: Tensor) -> Tensor:
+    """Probability (n,) of a concept of any kind in each picture."""
+    vocabulary = checker.vocabulary
+    name = canonical(concept, vocabulary)
+    if concept.kind == "style":
+        phrases = (
+            () if name in vocabulary.styles else (f"a {concept.name} picture", f"a picture in {concept.name} style")
+        )
+        return checker.styles(embeddings, {name: phrases} if phrases else None)[name]
+    if concept.kind == "attribute":
+        return checker.attributes(embeddings)[name]
+    extra = {} if name in vocabulary.objects or name in vocabulary.characters else {name: concept.name}
+    return checker.things(embeddings, extra)[name]
+
+
+def judge(
+    checker: CLIPChecker, writer: PromptWriter, prompts: Sequence[Prompt], embeddings: Tensor, calibration: Calibration
+) -> dict[str, list[Any]]:
+    """What the judge sees in each picture: the concept (calibrated), and whether each thing, attribute, place and
+    style that its prompt names is there (None where the prompt names none)."""
+    concept = presence(checker, writer.concept, embeddings)
+    words = {n: n for n in writer.preserve}
+    things = checker.things(embeddings, words)
+    attributes = checker.attributes(embeddings)
+    places, styles = checker.places(embeddings), checker.styles(embeddings)
+    best = [_argmax(table) for table in (attributes, places, styles)]
+
+    def named(i: int, expected: str | None, kind: int) -> bool | None:
+        return None if expected is None else best[kind][i] == expected
+
+    found = [bool(c >= calibration.threshold) for c in concept.tolist()]
+    others: list[bool | None] = []
+    attribute_there: list[bool | None] = []
+    for i, p in enumerate(prompts):
+        rest = [t for t in p.things if t != writer.name and t in things]
+        others.append(all(bool(things[t][i] >= 0.5) for t in rest) if rest else None)
+        attribute_there.append(named(i, p.attribute, 0))
+    return {
+        "concept": found,
+        "others": others,
+        "attribute": attribute_there,
+        "place": [named(i, p.place, 1) for i, p in enumerate(prompts)],
+        "style": [named(i, p.style, 2) for i, p in enumerate(prompts)],
+    }
+
+
+def _argmax(table: Mapping[str, Tensor]) -> list[str]:
+    names = list(table)
+    return [names[i] for i in torch.stack(list(table.values())).argmax(0).tolist()]
+
+
+def keep_table(
+    prompts: Sequence[Prompt], before: Mapping[str, list[Any]], after: Mapping[str, list[Any]]
+) -> dict[str, Rate]:
+    """What must stay, as shares of what the original showed: preserved concepts, the other object of a pair,
+    and the rest (attribute, place, style) of prompts that name the erased concept."""
+
+    def share(field_name: str, groups: set[str]) -> Rate:
+        index = [i for i, p in enumerate(prompts) if p.group in groups and before[field_name][i] is not None]
+        return kept([before[field_name][i] for i in index], [after[field_name][i] for i in index])
+
+    table = {"preserved concepts": share("others", {"preserved"})}
+    if any(p.group == "two-object" for p in prompts):
+        table["other object of a pair"] = share("others", {"two-object"})
+    asked = {"named", "synonym"}
+    if any(
+        p.group in asked and any(t for t in p.things) and before["others"][i] is not None for i, p in enumerate(prompts)
+    ):
+        table["object of an erased prompt"] = share("others", asked)
+    for name in ("attribute", "place", "style"):
+        table[f"{name} of an erased prompt"] = share(name, asked)
+        table[f"{name} of a preserved prompt"] = share(name, {"preserved"})
+    return {name: r for name, r in table.items() if r.total or name == "preserved concepts"}
+
+
+def blobs(count: int, size: tuple[int, int], *, seed: int) -> np.ndarray:
+    """Malformed pictures: soft coloured blobs on a soft ground, uint8 (count, height, width, 3)."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.rand((count, 3, 5, 5), generator=generator)
+    smooth = torch.nn.functional.interpolate(noise, size=size, mode="bicubic", align_corners=False).clamp(0, 1)
+    return np.asarray((smooth * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy())
+
+
+def make_checker(model: Model, vocabulary: Vocabulary | None = None) -> CLIPChecker:
+    """The model's independent judge as a checker over its vocabulary."""
+    judge_model, tokenizer, processor = model.judge()
+    return CLIPChecker(judge_model, tokenizer, processor, vocabulary or model.vocabulary)
