@@ -262,7 +262,7 @@ def _prompt_sets(
         concept = writer.concept
         found: list[str] = []
         if concept.kind in ("object", "character"):
-            found = find_triggers(encoder, concept.words, list(writer.preserve.values()))
+            found = find_triggers(encoder, writer.vocabulary, concept.words, list(writer.preserve.values()))
         triggers[concept.name] = found
         parts.append(writer.training_sets(320, 640 // share, found))
     erased = [normalise(w) for w in (x for writer in writers for x in writer.concept.words)]

@@ -6,15 +6,20 @@ a word whose embedding CLIP reads as the concept rather than as anything that mu
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from erase_diffusion.concepts import Vocabulary
 from erase_diffusion.text_encoder import TextEncoder
 
 WORD_END = "</w>"
+# A bare word is like nothing CLIP was trained on; a few short sentences steady it.
+TEMPLATES = ("{w}", "a {w}", "there is a {w}", "a picture of a {w}")
+MAX_WORDS = 4000  # tokens come in order of frequency, and a large vocabulary's tail is rare
 
 
 def vocabulary_words(encoder: TextEncoder) -> list[str]:
@@ -27,6 +32,7 @@ def vocabulary_words(encoder: TextEncoder) -> list[str]:
 @torch.no_grad()
 def find_triggers(
     encoder: TextEncoder,
+    vocabulary: Vocabulary,
     concept_words: Sequence[str],
     kept_words: Sequence[Sequence[str]],
     *,
@@ -35,30 +41,47 @@ def find_triggers(
 ) -> list[str]:
     """Words read as the concept with probability of at least `share`, the surest first, at most `limit`.
 
-    The probability is CLIP's zero-shot softmax between the concept's text prototype (the mean over its words)
-    and one prototype for each kept concept. Words that are the concept's own or a kept concept's are left out.
+    The probability is CLIP's zero-shot softmax between the concept's text prototype (the mean over its words
+    in a few templates) and one prototype for each kept concept, both centred: what every text shares would
+    make each word look like each concept. Words that the prompts themselves are made of (the vocabulary's
+    attributes, places, styles and templates, and the concepts' own words) are no triggers.
     Without a text projection (no paired CLIP) pooled states stand in for the joint space.
     """
-    prototypes = torch.stack([_embed(encoder, list(words)).mean(0) for words in (concept_words, *kept_words)])
-    said = {part for words in (concept_words, *kept_words) for word in words for part in word.lower().split()}
-    candidates = [w for w in vocabulary_words(encoder) if w not in said]
+    said = prompt_words(vocabulary) | {p for words in (concept_words, *kept_words) for w in words for p in _parts(w)}
+    candidates = [w for w in vocabulary_words(encoder)[:MAX_WORDS] if w not in said]
     if not candidates:
         return []
-    # The mean of all is what any text shares; without it every word looks like every concept.
-    centre = prototypes.mean(0)
-    logits = F.normalize(_embed(encoder, candidates) - centre, dim=-1) @ F.normalize(prototypes - centre, dim=-1).T
-    probability = (logits * max(encoder.logit_scale, 10.0)).softmax(-1)[:, 0]
+    prototypes = torch.stack([_embed(encoder, list(words)).mean(0) for words in (concept_words, *kept_words)])
+    vectors = _embed(encoder, candidates)
+    logits = F.normalize(vectors - vectors.mean(0), dim=-1) @ F.normalize(prototypes - prototypes.mean(0), dim=-1).T
+    probability = (logits * max(encoder.logit_scale, 20.0)).softmax(-1)[:, 0]
     order = probability.argsort(descending=True).tolist()
     return [candidates[i] for i in order[:limit] if probability[i] >= share]
 
 
+def prompt_words(vocabulary: Vocabulary) -> set[str]:
+    """Every word that the vocabulary's own prompts are built of, concepts aside."""
+    tables = (vocabulary.places, vocabulary.alone, vocabulary.styles, vocabulary.style_suffixes)
+    texts = [phrase for table in tables for phrases in table.values() for phrase in phrases]
+    texts += [*vocabulary.attributes, *vocabulary.relations, *vocabulary.templates]
+    texts += [*vocabulary.held_out_templates, *vocabulary.empty_templates, "thing something"]
+    return {part for text in texts for part in _parts(text)}
+
+
+def _parts(text: str) -> list[str]:
+    return re.findall(r"[a-z]+", text.lower())
+
+
 def _embed(encoder: TextEncoder, words: list[str]) -> Tensor:
-    """Normalised embeddings (n, d) of bare words."""
-    chunks = []
-    for start in range(0, len(words), 256):
-        ids = encoder.tokenize(words[start : start + 256])
-        # Causal attention: what comes after the longest word changes nothing, so it is not computed.
-        ids = ids[:, : int(encoder.end_of_text(ids).max()) + 1]
-        pooled = encoder.pooled(encoder.hidden(ids), ids)
-        chunks.append(F.normalize(encoder.project(pooled) if encoder.projection is not None else pooled, dim=-1))
-    return torch.cat(chunks)
+    """Embeddings (n, d) of words: the normalised mean over the templates."""
+    total = torch.zeros(())
+    for template in TEMPLATES:
+        chunks = []
+        for start in range(0, len(words), 256):
+            ids = encoder.tokenize([template.format(w=w) for w in words[start : start + 256]])
+            # Causal attention: what comes after the longest prompt changes nothing, so it is not computed.
+            ids = ids[:, : int(encoder.end_of_text(ids).max()) + 1]
+            pooled = encoder.pooled(encoder.hidden(ids), ids)
+            chunks.append(F.normalize(encoder.project(pooled) if encoder.projection is not None else pooled, dim=-1))
+        total = total + torch.cat(chunks)
+    return F.normalize(total, dim=-1)

@@ -89,29 +89,36 @@ class Nullspace:
         """Erase from a copy of `encoder`; deterministic, `images` and `seed` are not used."""
         started = time.perf_counter()
         config, work = self.config, encoder.copy()
-        prompts = [p for pair in (*sets.forget, *sets.forget_held_out) for p in pair]
-        forget_ids, anchor_ids = encoder.tokenize(prompts[0::2]), encoder.tokenize(prompts[1::2])
-        retain_ids = encoder.tokenize((*sets.retain, *sets.retain_held_out))
+        pairs = (*sets.forget, *sets.forget_held_out)
+        forget_ids, anchor_ids = encoder.tokenize([p for p, _ in pairs]), encoder.tokenize([a for _, a in pairs])
         where = align_all(forget_ids, anchor_ids, encoder.end_of_text(forget_ids))
         # Before the first different word causal attention leaves both prompts alike: nothing to move there.
         moved = torch.cumsum((forget_ids != anchor_ids).int(), 1) > 0
-        for i, layer in enumerate(work.layers):
-            target = anchored_states(_trace(encoder, encoder.layers[i], anchor_ids)[1], where)
-            keys, states = _trace(work, layer, forget_ids)
-            kept, _ = _trace(work, layer, retain_ids)
-            kept = kept.flatten(0, 1).double()
-            gram = kept.T @ kept / len(kept)
-            free = null_space(gram, config.null) if config.null < 1 else None
+        forget, anchor = _Walk(work, forget_ids), _Walk(encoder, anchor_ids)
+        retain = _Walk(work, encoder.tokenize((*sets.retain, *sets.retain_held_out)))
+        for i, (layer, original) in enumerate(zip(work.layers, encoder.layers, strict=True)):
+            anchor.step(original)
+            keys, kept = forget.step(layer), retain.step(layer)
+            gram = _gram(kept)
+            wanted = (anchored_states(anchor.states, where) - forget.states)[moved].double()
             k = keys[moved].double()
-            if free is not None:
-                k = k @ free
-            update = solve_values(k, (target - states)[moved].double(), gram, retain=config.retain, ridge=config.ridge)
-            if free is not None:
-                update = update @ free
-            weight = _fc2(layer).weight
-            weight += (config.strength * update).to(weight.dtype)
+            if config.null < 1:
+                free = null_space(gram, config.null)
+                update = solve_values(k @ free, wanted, gram, retain=config.retain, ridge=config.ridge) @ free
+            else:
+                update = solve_values(k, wanted, gram, retain=config.retain, ridge=config.ridge)
+            update = (config.strength * update).to(keys.dtype)
+            _fc2(layer).weight += update
+            for walk, inputs in ((forget, keys), (retain, kept)):
+                walk.states += inputs @ update.T
             progress(i + 1, len(work.layers), f"block {i + 1}")
         return Erasure(work, self.name, asdict(config), time.perf_counter() - started, "closed form")
+
+
+def _gram(keys: Tensor) -> Tensor:
+    """Mean outer product (m, m) of keys (n, T, m), in float64."""
+    flat = keys.flatten(0, 1)
+    return (flat.T @ flat).double() / len(flat)
 
 
 def _fc2(layer: nn.Module) -> nn.Linear:
@@ -120,18 +127,41 @@ def _fc2(layer: nn.Module) -> nn.Linear:
     return linear
 
 
-def _trace(encoder: TextEncoder, layer: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Inputs of a block's last matrix (n, T, m) and the block's outputs (n, T, d)."""
-    keys: list[Tensor] = []
-    states: list[Tensor] = []
-    hooks = [
-        _fc2(layer).register_forward_hook(lambda _m, args, _out: keys.append(args[0])),
-        layer.register_forward_hook(lambda _m, _args, out: states.append(out[0] if isinstance(out, tuple) else out)),
-    ]
-    try:
-        for chunk in torch.split(ids, 256):
-            encoder.hidden(chunk)
-    finally:
-        for hook in hooks:
+class _Walk:
+    """Prompts on their way through the blocks: each block is run once, whatever was edited before it.
+
+    states: (n, T, d), the input of the next block.
+    """
+
+    def __init__(self, encoder: TextEncoder, ids: Tensor):
+        self._call: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+
+        def arrive(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._call = (args, kwargs)
+            raise _Arrived
+
+        hook = encoder.layers[0].register_forward_pre_hook(arrive, with_kwargs=True)
+        try:
+            encoder.hidden(ids)
+        except _Arrived:
+            pass
+        finally:
             hook.remove()
-    return torch.cat(keys), torch.cat(states)
+        args, kwargs = self._call
+        self.states: Tensor = args[0] if args else kwargs.pop("hidden_states")
+        self._call = (args[1:], kwargs)
+
+    def step(self, layer: nn.Module) -> Tensor:
+        """Run one block; returns the inputs of its last matrix (n, T, m)."""
+        keys: list[Tensor] = []
+        hook = _fc2(layer).register_forward_hook(lambda _m, args, _out: keys.append(args[0]))
+        try:
+            out = layer(self.states, *self._call[0], **self._call[1])
+        finally:
+            hook.remove()
+        self.states = out[0] if isinstance(out, tuple) else out
+        return keys[0]
+
+
+class _Arrived(Exception):
+    """Stops a pass at the first block."""

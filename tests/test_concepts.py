@@ -1,0 +1,151 @@
+"""Concepts, anchors' sentences, and the separation of training from verification prompts."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+
+import pytest
+
+from erase_diffusion.concepts import Concept, PromptSets, PromptWriter, article, normalise, preserved, resolve_concept
+from erase_diffusion.errors import ConfigError
+from erase_diffusion.mini.vocabulary import vocabulary
+from erase_diffusion.photographs import PHOTOGRAPHS
+
+V = vocabulary()
+CONCEPTS = [
+    Concept("cat", anchor="dog"),
+    Concept("crayon", "style", anchor="plain"),
+    Concept("Zibby", "character", anchor="house"),
+    Concept("red", "attribute", anchor="blue"),
+]
+
+
+def writer(concept: Concept, vocabulary=V, seed: int = 0) -> PromptWriter:
+    resolved = resolve_concept(concept, vocabulary)
+    return PromptWriter(resolved, vocabulary, preserved(resolved, vocabulary), seed)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("",), "empty"),
+        (("   ",), "empty"),
+        (("x" * 61,), "61 characters"),
+        (("cat\x00",), "printable"),
+        (("!!!",), "letter"),
+        (("cat", "animal"), "got 'animal'"),
+        (("cat", "object", ("",)), "alias is empty"),
+        (("cat", "object", ("kitten",), "Kitten"), "is the concept itself"),
+    ],
+)
+def test_bad_concepts_are_refused_with_the_value(arguments: tuple[object, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Concept(*arguments)  # type: ignore[arg-type]
+
+
+def test_known_synonyms_become_aliases() -> None:
+    assert set(resolve_concept(Concept("cat"), V).aliases) == {"kitten", "kitty"}
+    assert set(resolve_concept(Concept("kitten", aliases=("tabby",)), V).words) == {"kitten", "tabby", "cat", "kitty"}
+    assert resolve_concept(Concept("unicorn"), V).aliases == ()
+
+
+def test_a_concept_cannot_be_preserved_as_well() -> None:
+    concept = resolve_concept(Concept("cat"), V)
+    with pytest.raises(ConfigError, match="'kitty' is both"):
+        preserved(concept, V, ["dog", "kitty"])
+    assert "cat" not in preserved(concept, V)
+    assert "dog" in preserved(concept, V)
+
+
+@pytest.mark.parametrize("concept", CONCEPTS, ids=lambda c: c.name)
+def test_every_forget_prompt_names_the_concept_and_no_retain_prompt_does(concept: Concept) -> None:
+    w = writer(concept)
+    sets = w.training_sets(200, 300)
+    # “An orange cat” names no orange: words are compared as the concept's own phrases.
+    words = [normalise(x) for x in w.concept.words] + [normalise(s) for s in V.style_suffixes.get(w.name, ())]
+    words += [normalise(s) for s in V.styles.get(w.name, ())]
+    for prompt, anchor in (*sets.forget, *sets.forget_held_out):
+        assert any(x in normalise(prompt) for x in words), prompt
+        assert not any(x in normalise(anchor).split() for x in words), anchor
+    for prompt in (*sets.retain, *sets.retain_held_out):
+        assert not any(x in normalise(prompt).split() for x in words), prompt
+    assert sets.retain[0] == ""
+    assert len(sets.forget) > 100
+    assert len(sets.retain) > 200
+
+
+@pytest.mark.parametrize("vocab", [V, PHOTOGRAPHS], ids=["mini", "photographs"])
+def test_verification_never_asks_what_was_trained_on(vocab) -> None:
+    assert not set(vocab.templates) & set(vocab.held_out_templates)
+    w = writer(Concept("cat", anchor="dog"), vocab)
+    sets = w.training_sets(320, 640)
+    trained = {p for p, _ in (*sets.forget, *sets.forget_held_out)} | set(sets.retain) | set(sets.retain_held_out)
+    asked = {p.text for p in w.verification_prompts(48)}
+    assert not trained & asked
+
+
+def test_held_out_prompts_are_not_trained_on() -> None:
+    sets = writer(CONCEPTS[0]).training_sets(200, 300)
+    assert not {p for p, _ in sets.forget} & {p for p, _ in sets.forget_held_out}
+    assert not set(sets.retain) & set(sets.retain_held_out)
+
+
+def test_the_anchor_prompt_is_the_same_sentence_with_the_word_replaced() -> None:
+    w = writer(Concept("cat", anchor="dog"))
+    pairs = dict(w.training_sets(200, 50).forget)
+    for prompt, anchor in pairs.items():
+        replaced = normalise(prompt)
+        for word in ("kitten", "kitty", "cat"):
+            replaced = replaced.replace(word, "dog")
+        assert replaced == normalise(anchor)
+
+
+def test_verification_groups_say_what_a_true_picture_shows() -> None:
+    prompts = writer(Concept("cat", anchor="dog")).verification_prompts(12)
+    groups = {p.group for p in prompts}
+    assert groups == {"named", "synonym", "described", "two-object", "preserved"}
+    for p in prompts:
+        if p.group in ("named", "two-object"):
+            assert "cat" in p.text
+        if p.group == "described":
+            assert not {"cat", "kitten", "kitty"} & set(p.text.split())
+        if p.group == "two-object":
+            assert len(p.things) == 2
+        if p.group == "preserved":
+            assert "cat" not in p.things
+        if p.attribute:
+            assert p.attribute in p.text
+
+
+def test_prompts_are_deterministic_in_the_seed() -> None:
+    concept = CONCEPTS[0]
+    assert writer(concept).training_sets(50, 50) == writer(concept).training_sets(50, 50)
+    assert writer(concept).training_sets(50, 50) != writer(concept, seed=1).training_sets(50, 50)
+
+
+@pytest.mark.parametrize("concept", CONCEPTS, ids=lambda c: c.name)
+def test_calibration_prompts_of_both_sorts(concept: Concept) -> None:
+    w = writer(concept)
+    rng = random.Random(0)
+    others, empty = w.negative_prompts(rng, 10)
+    assert len(w.calibration_prompts(rng, 10)) == len(others) == len(empty) == 10
+    assert not any(concept.name.lower() in normalise(p).split() for p in (*others, *empty))
+
+
+def test_sets_must_not_be_empty() -> None:
+    with pytest.raises(ConfigError, match="got 0 and 1"):
+        PromptSets((), ("",))
+    with pytest.raises(ConfigError, match="no anchor"):
+        PromptWriter(Concept("cat"), V, {"dog": ("dog",)})
+    with pytest.raises(ConfigError, match="nothing is left"):
+        PromptWriter(dataclasses.replace(Concept("cat"), anchor="dog"), V, {})
+
+
+def test_article() -> None:
+    assert [article(w) for w in ("cat", "apple", "Zibby", "the moon wizard")] == [
+        "a cat",
+        "an apple",
+        "Zibby",
+        "the moon wizard",
+    ]

@@ -1,0 +1,80 @@
+"""The closed form: properties that hold exactly, on random keys."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from erase_diffusion.erasers.base import align
+from erase_diffusion.erasers.nullspace import NullspaceConfig, null_space, solve_values
+from erase_diffusion.errors import ConfigError
+
+generator = torch.Generator().manual_seed(0)
+
+
+def random(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def test_without_anything_to_hold_the_change_is_exact() -> None:
+    keys, change = random(10, 40), random(10, 6)
+    update = solve_values(keys, change, torch.zeros(40, 40, dtype=torch.float64), retain=0, ridge=1e-9)
+    assert torch.allclose(keys @ update.T, change, atol=1e-5)
+
+
+def test_the_solution_is_the_minimum() -> None:
+    keys, change, kept = random(30, 12), random(30, 5), random(50, 12)
+    gram = kept.T @ kept / 50
+    ridge = 0.1
+
+    def objective(w: torch.Tensor) -> torch.Tensor:
+        mu = ridge * (keys.T @ keys / 30).diagonal().mean()
+        return (keys @ w.T - change).square().sum() / 30 + 2.0 * torch.trace(w @ gram @ w.T) + mu * w.square().sum()
+
+    best = solve_values(keys, change, gram, retain=2.0, ridge=ridge)
+    value = objective(best)
+    for _ in range(20):
+        assert objective(best + 0.01 * random(5, 12)) > value
+
+
+def test_more_retention_moves_the_kept_keys_less() -> None:
+    keys, change, kept = random(30, 12), random(30, 5), random(50, 12)
+    gram = kept.T @ kept / 50
+    moved = [
+        float((kept @ solve_values(keys, change, gram, retain=r, ridge=1e-3).T).norm()) for r in (0.0, 1.0, 10.0, 100.0)
+    ]
+    assert moved == sorted(moved, reverse=True)
+    assert moved[-1] < 0.1 * moved[0]
+
+
+def test_null_space_is_a_projector_that_kills_the_kept_directions() -> None:
+    kept = random(20, 4) @ random(4, 16)
+    projector = null_space(kept.T @ kept / 20, 1e-9)
+    assert torch.allclose(projector @ projector, projector, atol=1e-8)
+    assert torch.linalg.matrix_rank(projector) == 12
+    assert (kept @ projector).norm() < 1e-5 * kept.norm()
+    # Control: it is not simply zero.
+    assert (random(5, 16) @ projector).norm() > 1
+
+
+@pytest.mark.parametrize("given", [{"strength": 2.0}, {"ridge": 0.0}, {"retain": -1.0}, {"null": 0.0}])
+def test_bad_settings_are_refused(given: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match="got"):
+        NullspaceConfig(**given)
+
+
+def test_alignment_of_sentences_of_different_length() -> None:
+    end = 9
+    # <s> a purple CAT in snow </s> pads  ↔  <s> a purple THING THERE in snow </s> pads
+    prompt = torch.tensor([0, 1, 2, 3, 4, 5, end, end, end, end])
+    anchor = torch.tensor([0, 1, 2, 7, 8, 4, 5, end, end, end])
+    assert align(prompt, anchor, end).tolist() == [0, 1, 2, 4, 5, 6, 7, 8, 9, 9]
+    # A description of three words becomes one.
+    prompt = torch.tensor([0, 1, 3, 3, 3, 4, end, end])
+    anchor = torch.tensor([0, 1, 7, 4, end, end, end, end])
+    assert align(prompt, anchor, end).tolist() == [0, 1, 2, 2, 2, 3, 4, 5]
+
+
+def test_alignment_of_equal_sentences_is_the_identity() -> None:
+    ids = torch.tensor([0, 1, 2, 9, 9])
+    assert align(ids, ids, 9).tolist() == [0, 1, 2, 3, 4]
