@@ -85,7 +85,7 @@ def test_changed_weights_are_noticed(copy: Path) -> None:
     state = load_file(weights)
     state["text_model.final_layer_norm.bias"] += 0.5
     save_file(state, weights, metadata={"format": "pt"})
-    with pytest.raises(ModelError, match="not the ones that erasure.json records"):
+    with pytest.raises(ModelError, match=r"not the ones that erasure\.json records"):
         load_erased_text_encoder(copy)
 
 
@@ -97,7 +97,7 @@ def test_a_broken_record_is_refused(copy: Path, text: str, message: str) -> None
     with pytest.raises(ModelError, match=message):
         read_record(copy)
     (copy / "erasure.json").unlink()
-    with pytest.raises(ModelError, match="erasure.json is missing"):
+    with pytest.raises(ModelError, match=r"erasure\.json is missing"):
         read_record(copy)
 
 
@@ -144,7 +144,7 @@ def test_a_full_disk_leaves_nothing_half_written(
 
     monkeypatch.setattr(artifact, "save_file", full)
     record = erased_cat[2]
-    with pytest.raises(OutputError, match="No space left on device.*nothing was left behind"):
+    with pytest.raises(OutputError, match=r"No space left on device.*nothing was left behind"):
         save_drop_in(target, encoder, record, model_card(record), None, overwrite=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == before
     if existing:

@@ -49,7 +49,7 @@ def test_an_index_that_is_no_json(folder: Path) -> None:
 
 def test_missing_weights_and_config(folder: Path) -> None:
     (folder / "text_encoder" / "model.safetensors").unlink()
-    with pytest.raises(ModelError, match="has no .safetensors weights"):
+    with pytest.raises(ModelError, match=r"has no \.safetensors weights"):
         Model(str(folder)).text_encoder()
     (folder / "text_encoder" / "config.json").unlink()
     with pytest.raises(ModelError, match=r"config\.json is missing"):

@@ -352,8 +352,16 @@ def _blend(image: Image.Image, colour: RGB, mask: np.ndarray) -> Image.Image:
     return Image.fromarray((pixels + (np.array(colour, dtype=np.float32) - pixels) * mask + 0.5).astype(np.uint8))
 
 
+Box = tuple[float, float, float]
+
+
 def draw_scene(scene: Scene, rng: random.Random) -> Image.Image:
     """Draw a scene as a 64×64 RGB image; the same scene and generator state give the same pixels."""
+    return draw_with_boxes(scene, rng)[0]
+
+
+def draw_with_boxes(scene: Scene, rng: random.Random) -> tuple[Image.Image, list[Box]]:
+    """The same picture, and where each thing's square is: left, top and side in pixels."""
     style = scene.style
     image = _background(scene.place, rng, outlined=style != "watercolour")
     outline: RGB | None = {"plain": INK, "crayon": None, "blueprint": LINE_BLUE, "watercolour": None}[style]
@@ -376,7 +384,7 @@ def draw_scene(scene: Scene, rng: random.Random) -> Image.Image:
         image = _blend(image, (170, 200, 250), _GRID)
     elif style == "watercolour":
         image = _blend(image.filter(ImageFilter.GaussianBlur(0.9)), (255, 253, 248), np.maximum(_VIGNETTE, 0.22))
-    return image
+    return image, [(x / SUPERSAMPLING, y / SUPERSAMPLING, side / SUPERSAMPLING) for x, y, side in boxes]
 
 
 def _fill(thing: Thing) -> RGB:
