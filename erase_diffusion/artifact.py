@@ -103,8 +103,9 @@ def _write(
     target.mkdir()
     config = encoder.model.config.to_dict()
     config["architectures"] = ["CLIPTextModel"]
-    # transformers 4 reads `torch_dtype`, 5 reads either.
-    config["torch_dtype"] = str(encoder.dtype).removeprefix("torch.")
+    # transformers loads in the dtype that a config names and diffusers in float32: the two must agree, whatever
+    # the weights are stored in. transformers 4 reads `torch_dtype`, 5 reads either.
+    config["torch_dtype"] = "float32"
     config.pop("dtype", None)
     (target / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     try:
@@ -160,7 +161,7 @@ def load_erased_text_encoder(
     """Load a drop-in's `CLIPTextModel`, checked.
 
     base: a model name, folder or hub id; its text encoder must be the one that the erasure started from.
-    dtype: what to load as, the dtype on disk if None; a pipeline's components must share one.
+    dtype: what to load as, the weights' own on disk if None; a pipeline's components must share one.
 
     Raises ModelError when files are missing or damaged, when the weights are not those the record hashes, or
     when the base is another model.

@@ -21,7 +21,7 @@ from torch import Tensor
 from erase_diffusion.concepts import Vocabulary, article
 from erase_diffusion.errors import ConfigError, ModelError
 from erase_diffusion.metrics import Rate
-from erase_diffusion.text_encoder import weights_hash
+from erase_diffusion.text_encoder import PREFIX, TextEncoder
 
 if TYPE_CHECKING:
     from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
@@ -65,13 +65,20 @@ class CLIPChecker:
     vocabulary: Vocabulary
     _texts: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
-    def refuse_generator(self, clip: CLIPModel) -> None:
-        """Raise ModelError when the judge is the generator's own CLIP, or shares its vision or text weights."""
-        for mine, theirs in ((self.model.vision_model, clip.vision_model), (self.model.text_model, clip.text_model)):
-            if weights_hash(dict(mine.state_dict())) == weights_hash(dict(theirs.state_dict())):
-                raise ModelError(
-                    "the judge is the generator's own CLIP tower, which would grade its own homework; use another CLIP"
-                )
+    def refuse_generator(self, encoder: TextEncoder) -> None:
+        """Raise ModelError when the judge's text tower is the one that is erased: it would grade its own homework."""
+        mine = {k.removeprefix(PREFIX): v for k, v in self.model.text_model.state_dict().items()}
+        theirs = {k.removeprefix(PREFIX): v for k, v in encoder.state_dict().items()}
+        shared = [k for k in mine if k in theirs and not k.endswith("position_ids")]
+        # Stored in another dtype it is still the same tower.
+        same = all(
+            mine[k].shape == theirs[k].shape and torch.allclose(mine[k].cpu().float(), theirs[k].float(), atol=1e-2)
+            for k in shared
+        )
+        if shared and same:
+            raise ModelError(
+                "the judge is the generator's own CLIP tower, which would grade its own homework; use another CLIP"
+            )
 
     @torch.no_grad()
     def embed_images(self, images: np.ndarray | Sequence[Image.Image], batch_size: int = 128) -> Tensor:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -203,13 +204,23 @@ def _quiet_libraries() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _progress(quiet: bool) -> Iterator[Progress]:
-    """One bar a stage on stderr."""
+    """One bar a stage on stderr; elsewhere a plain line at its start, every ten seconds, and at its end."""
+    if quiet:
+        yield lambda stage, done, total: None
+    elif sys.stderr.isatty():
+        with _bars() as show:
+            yield show
+    else:
+        yield _Lines()
+
+
+@contextlib.contextmanager
+def _bars() -> Iterator[Progress]:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-    from rich.progress import Progress as Bars
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description:>22}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Bars(*columns, console=Console(stderr=True), disable=quiet) as bars:
+    with Progress(*columns, console=Console(stderr=True)) as bars:
         tasks: dict[str, Any] = {}
 
         def show(stage: str, done: int, total: int) -> None:
@@ -220,6 +231,19 @@ def _progress(quiet: bool) -> Iterator[Progress]:
                 bars.stop_task(tasks[stage])
 
         yield show
+
+
+class _Lines:
+    """Progress as plain lines."""
+
+    def __init__(self) -> None:
+        self._stage, self._shown = "", 0.0
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if stage != self._stage or done >= total or now - self._shown > 10:
+            click.echo(f"{stage}: {done}/{total}", err=True)
+            self._stage, self._shown = stage, now
 
 
 def _print_summary(result: ErasedConcept, folder: Path) -> None:

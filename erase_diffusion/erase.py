@@ -170,7 +170,8 @@ def erase_concept(
     eraser = ERASERS[method][0](config)
     concepts = [resolve_concept(c, vocabulary) for c in concepts]
     erased_words = {normalise(w) for c in concepts for w in c.words}
-    clip = loaded.clip() if eraser.needs_images or loaded.spec.clip else None
+    # A closed form needs no CLIP: it is worth a look when it is on disk, but not a download.
+    clip = loaded.clip() if eraser.needs_images or (Path(loaded.spec.clip or "").is_dir() and loaded.spec.clip) else None
     encoder = loaded.paired_text_encoder(clip[0]) if clip else loaded.text_encoder()
     writers = []
     for one in concepts:
@@ -194,15 +195,14 @@ def erase_concept(
     verifier, calibrations = None, []
     if verify:
         checker = make_checker(loaded)
-        if clip is not None:
-            checker.refuse_generator(clip[0])
+        checker.refuse_generator(encoder)
         verifier = Verifier(loaded, encoder, loaded.painter(), checker)
         total = len(writers) * (3 * images_per_group + images_per_group // 2)
         count = _counter(progress, "calibrating the judge", total)
         calibrations = [verifier.calibrate(w, images=images_per_group, progress=count) for w in writers]
 
     started = time.perf_counter()
-    sets, triggers = _prompt_sets(writers, encoder, len(writers))
+    sets, triggers = _prompt_sets(writers, encoder)
     features: dict[str, Tensor] = {}
     skipped = 0
     if eraser.needs_images:
@@ -253,9 +253,7 @@ def _rounded(encoder: TextEncoder) -> TextEncoder:
     return copy
 
 
-def _prompt_sets(
-    writers: Sequence[PromptWriter], encoder: TextEncoder, share: int
-) -> tuple[PromptSets, dict[str, list[str]]]:
+def _prompt_sets(writers: Sequence[PromptWriter], encoder: TextEncoder) -> tuple[PromptSets, dict[str, list[str]]]:
     """The forget pairs of all concepts together, and retain prompts that name none of them."""
     parts, triggers = [], {}
     for writer in writers:
@@ -264,7 +262,7 @@ def _prompt_sets(
         if concept.kind in ("object", "character"):
             found = find_triggers(encoder, writer.vocabulary, concept.words, list(writer.preserve.values()))
         triggers[concept.name] = found
-        parts.append(writer.training_sets(320, 640 // share, found))
+        parts.append(writer.training_sets(320, 640 // len(writers), found))
     erased = [normalise(w) for w in (x for writer in writers for x in writer.concept.words)]
     several = len(writers) > 1
 

@@ -143,6 +143,6 @@ def test_a_published_layout_with_random_weights_is_read_at_the_right_place(name:
     loaded = Model(str(target)).text_encoder()
     ids = loaded.tokenize(["a photo of a cat"])
     assert ids.shape == (1, 77)
-    assert int(loaded.end_of_text(ids)[0]) == 6 - 1  # begin, four words, end
+    assert int(loaded.end_of_text(ids)[0]) == 6  # begin, five words, end
     with torch.no_grad():
         assert torch.allclose(loaded.hidden(ids), model.eval()(input_ids=ids).last_hidden_state, atol=1e-5)

@@ -126,6 +126,8 @@ class CLIPErase:
         work.model.train().requires_grad_(True)
         train = _Batch(encoder, sets.forget, sets.retain, images)
         held_out = _Batch(encoder, sets.forget_held_out or sets.forget, sets.retain_held_out or sets.retain, images)
+        if not (config.sequence_forgetting or config.sequence_retention or held_out.pictured):
+            held_out = train  # the paper's form sees only what has a picture
         variance = train.retain_states.flatten(0, 1).var(0).clamp_min(1e-6)
         optimizer = torch.optim.Adam(work.model.parameters(), lr=config.learning_rate)
 
@@ -233,6 +235,11 @@ class _Batch:
         self.forget_images = [images.get(p) for p in prompts]
         self.retain_images = [images.get(p) for p in retain]
         self._retain_prompts = retain
+
+    @property
+    def pictured(self) -> bool:
+        """Whether both sides have prompts with an image."""
+        return all(any(i is not None for i in images) for images in (self.forget_images, self.retain_images))
 
     def sample(self, rng: random.Random, size: int) -> tuple[list[int], list[int]]:
         """Half of each batch with an image, half without where there are such, and always the empty prompt."""
