@@ -171,7 +171,9 @@ def erase_concept(
     concepts = [resolve_concept(c, vocabulary) for c in concepts]
     erased_words = {normalise(w) for c in concepts for w in c.words}
     # A closed form needs no CLIP: it is worth a look when it is on disk, but not a download.
-    clip = loaded.clip() if eraser.needs_images or (Path(loaded.spec.clip or "").is_dir() and loaded.spec.clip) else None
+    clip = (
+        loaded.clip() if eraser.needs_images or (Path(loaded.spec.clip or "").is_dir() and loaded.spec.clip) else None
+    )
     encoder = loaded.paired_text_encoder(clip[0]) if clip else loaded.text_encoder()
     writers = []
     for one in concepts:

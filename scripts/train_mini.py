@@ -4,6 +4,7 @@
     python scripts/train_mini.py --work runs/mini --stage judge --minutes 12
     python scripts/train_mini.py --work runs/mini --stage vae --minutes 40
     torchrun --nproc-per-node 4 scripts/train_mini.py --work runs/mini --stage unet --minutes 90 --threads 1
+    python scripts/train_mini.py --work runs/mini --stage vision --minutes 20
     python scripts/train_mini.py --work runs/mini --stage pack
 
 Each stage goes on from its checkpoint when it is started again, and ends after --minutes (all its runs
@@ -63,6 +64,7 @@ IMAGES = 60_000  # drawings per stage, made in half a minute
 STAGES: dict[str, dict[str, float]] = {
     # steps, batch size, peak learning rate, seed of the draw
     "clip": dict(steps=8000, batch=128, lr=1e-3, seed=1),
+    "vision": dict(steps=8000, batch=64, lr=1e-3, seed=5),
     "judge": dict(steps=10000, batch=64, lr=1e-3, seed=2),
     "vae": dict(steps=9000, batch=16, lr=1.5e-3, seed=3),
     "unet": dict(steps=12000, batch=64, lr=8e-4, seed=4),
@@ -194,7 +196,9 @@ class Run:
     ):
         self.stage, self.minutes, self.module, self.ema = stage, minutes, module, ema
         self.steps, self.peak = int(STAGES[stage]["steps"]), STAGES[stage]["lr"]
-        self.optimizer = torch.optim.AdamW(module.parameters(), lr=self.peak, betas=(0.9, 0.98), weight_decay=0.01)
+        self.optimizer = torch.optim.AdamW(
+            [p for p in module.parameters() if p.requires_grad], lr=self.peak, betas=(0.9, 0.98), weight_decay=0.01
+        )
         self.path, self.log = work / f"{stage}.pt", work / f"{stage}.csv"
         self.step, self.seconds = 0, 0.0
         if self.path.exists():
@@ -294,12 +298,19 @@ def average_gradients(module: torch.nn.Module) -> None:
 
 
 def train_clip(stage: str, work: Path, minutes: float, device: str) -> None:
-    """Contrastive training of the generator's CLIP or of the judge."""
+    """Contrastive training of the generator's CLIP or of the judge.
+
+    "vision" goes on with the CLIP that is there, its text tower (which the UNet was trained on) locked.
+    """
     settings = STAGES[stage]
     torch.manual_seed(int(settings["seed"]))
     tokenizer = load_tokenizer(work)
-    sizes = (TEXT, VISION, 128) if stage == "clip" else (JUDGE_TEXT, JUDGE_VISION, 96)
-    model = make_clip(tokenizer, *sizes).to(device)
+    if stage == "vision":
+        model = CLIPModel.from_pretrained(work / "clip").to(device)
+        model.text_model.requires_grad_(False)
+    else:
+        sizes = (TEXT, VISION, 128) if stage == "clip" else (JUDGE_TEXT, JUDGE_VISION, 96)
+        model = make_clip(tokenizer, *sizes).to(device)
     # From captions alone a small ViT learns shapes very slowly (half of the objects after 2,000 steps). Two heads
     # that say what covers each patch, thrown away afterwards, teach it where to look.
     width = model.config.vision_config.hidden_size
@@ -338,7 +349,7 @@ def train_clip(stage: str, work: Path, minutes: float, device: str) -> None:
         }
 
     run.train(loss)
-    model.save_pretrained(work / stage)
+    model.save_pretrained(work / ("clip" if stage == "vision" else stage))
 
 
 def autocast(device: str, cpu: bool = False) -> torch.autocast | nullcontext[None]:
@@ -544,7 +555,7 @@ def main(stage: str, work: Path, minutes: float, device: str, threads: int | Non
         torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
     if threads:
         torch.set_num_threads(threads)
-    if stage in ("clip", "judge"):
+    if stage in ("clip", "vision", "judge"):
         train_clip(stage, work, minutes, device)
     elif stage == "vae":
         train_vae(work, minutes, device)

@@ -12,7 +12,8 @@ from erase_diffusion.erasers.cliperase import (
     consistency_loss,
     forgetting_loss,
     retention_loss,
-    sequence_loss,
+    sequence_forgetting_loss,
+    sequence_retention_loss,
 )
 from erase_diffusion.errors import ConfigError
 
@@ -57,11 +58,21 @@ def test_consistency_is_the_two_kl_divergences() -> None:
     assert consistency_loss(original, moved, image, 3.0).item() == pytest.approx(by_text + by_image, rel=1e-4)
 
 
-def test_sequence_loss_is_in_units_of_the_variance() -> None:
-    states, target = torch.zeros(2, 3, 2), torch.ones(2, 3, 2)
-    target[..., 1] = 4.0
-    assert sequence_loss(states, target, torch.tensor([1.0, 16.0])).item() == pytest.approx(1.0)
-    assert sequence_loss(states, target, torch.tensor([2.0, 8.0])).item() == pytest.approx((0.5 + 2) / 2)
+def test_sequence_retention_is_in_units_of_the_variance() -> None:
+    states, original = torch.zeros(2, 3, 2), torch.ones(2, 3, 2)
+    original[..., 1] = 4.0
+    assert sequence_retention_loss(states, original, torch.tensor([1.0, 16.0])).item() == pytest.approx(1.0)
+    assert sequence_retention_loss(states, original, torch.tensor([2.0, 8.0])).item() == pytest.approx((0.5 + 2) / 2)
+
+
+def test_sequence_forgetting_is_the_share_of_the_way_left() -> None:
+    anchor = torch.zeros(2, 3, 2)
+    original = torch.stack([torch.full((3, 2), 1.0), torch.full((3, 2), 100.0)])
+    apart = original.square().sum((1, 2))
+    assert sequence_forgetting_loss(original, anchor, apart).item() == pytest.approx(1.0)
+    assert sequence_forgetting_loss(anchor, anchor, apart).item() == 0
+    # Half of the way for both, near or far: a quarter of the squared distance.
+    assert sequence_forgetting_loss(original / 2, anchor, apart).item() == pytest.approx(0.25)
 
 
 @pytest.mark.parametrize(

@@ -58,13 +58,23 @@ def consistency_loss(original: Tensor, text: Tensor, image: Tensor, logit_scale:
     return by_image + by_text
 
 
-def sequence_loss(states: Tensor, target: Tensor, variance: Tensor) -> Tensor:
-    """Mean squared distance over all positions in units of the states' own variance: 1 is 'unrelated'.
+def sequence_retention_loss(states: Tensor, original: Tensor, variance: Tensor) -> Tensor:
+    """Mean squared movement of retain prompts over all positions, in units of the states' variance.
 
-    L = 1/(n·T·d) Σ (h − h*)² / σ², states and target: (n, T, d), variance σ²: (d,). Derived for Stable Diffusion:
-    h* is the original's state for a retain prompt, and the anchor prompt's for a forget prompt.
+    L = 1/(n·T·d) Σ (h_u − h_o)² / σ²; states, original: (n, T, d), variance σ²: (d,). Derived for Stable Diffusion,
+    which reads every position and not only the pooled one.
     """
-    return ((states - target).square() / variance).mean()
+    return ((states - original).square() / variance).mean()
+
+
+def sequence_forgetting_loss(states: Tensor, anchor: Tensor, apart: Tensor) -> Tensor:
+    """How much of the way from the concept to its anchor is left, over all positions: 1 at first, 0 at the anchor.
+
+    L = 1/n Σ_i ‖h_u − h*‖² / ‖h_o − h*‖²; states, anchor: (n, T, d), the anchor prompt's original states h* at aligned
+    positions; apart: (n,) the original's squared distances. Relative, so that a prompt whose one word differs counts
+    as much as one that differs everywhere.
+    """
+    return ((states - anchor).square().sum((1, 2)) / apart.clamp_min(1e-6)).mean()
 
 
 @dataclass(frozen=True)
@@ -82,8 +92,8 @@ class CLIPEraseConfig:
     retention: float = 1.0
     forgetting: float = 3.0
     consistency: float = 3.0
-    sequence_forgetting: float = 100.0
-    sequence_retention: float = 100.0
+    sequence_forgetting: float = 10.0
+    sequence_retention: float = 300.0
     forgetting_form: Literal["raw", "cosine"] = "cosine"
     learning_rate: float = 1e-5
     steps: int = 200
@@ -202,9 +212,11 @@ class CLIPErase:
             terms["retention"] = retention_loss(text[n:][kept], image, work.logit_scale)
             terms["consistency"] = consistency_loss(batch.retain_text[chosen], text[n:][kept], image, work.logit_scale)
         if config.sequence_forgetting:
-            terms["sequence_forgetting"] = sequence_loss(states[:n], batch.anchor_states[forget], variance)
+            terms["sequence_forgetting"] = sequence_forgetting_loss(
+                states[:n], batch.anchor_states[forget], batch.apart[forget]
+            )
         if config.sequence_retention:
-            terms["sequence_retention"] = sequence_loss(states[n:], batch.retain_states[retain], variance)
+            terms["sequence_retention"] = sequence_retention_loss(states[n:], batch.retain_states[retain], variance)
         total = torch.stack([getattr(config, name) * value for name, value in terms.items()]).sum()
         return {"total": total, **terms}
 
@@ -229,6 +241,7 @@ class _Batch:
         anchor_ids = encoder.tokenize(anchors)
         where = align_all(self.forget_ids, anchor_ids, encoder.end_of_text(self.forget_ids))
         self.anchor_states = anchored_states(encoder.encode(anchors), where)
+        self.apart = (encoder.encode(prompts) - self.anchor_states).square().sum((1, 2))
         self.retain_states = encoder.encode(retain)
         with torch.no_grad():
             self.retain_text = encoder.project(encoder.pooled(self.retain_states, self.retain_ids))

@@ -100,8 +100,12 @@ class Nullspace:
             anchor.step(original)
             keys, kept = forget.step(layer), retain.step(layer)
             gram = _gram(kept)
-            wanted = (anchored_states(anchor.states, where) - forget.states)[moved].double()
-            k = keys[moved].double()
+            change = anchored_states(anchor.states, where) - forget.states
+            # Relative, so that a prompt whose one word differs counts as much as one that differs everywhere.
+            apart = (change.square().sum(-1) * moved).sum(1) / moved.sum(1).clamp_min(1)
+            weight = (apart.clamp_min(1e-6).rsqrt()[:, None].expand_as(moved))[moved][:, None].double()
+            weight = weight / weight.square().mean().sqrt()
+            wanted, k = change[moved].double() * weight, keys[moved].double() * weight
             if config.null < 1:
                 free = null_space(gram, config.null)
                 update = solve_values(k @ free, wanted, gram, retain=config.retain, ridge=config.ridge) @ free
