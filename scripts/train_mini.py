@@ -5,6 +5,7 @@
     python scripts/train_mini.py --work runs/mini --stage vae --minutes 40
     torchrun --nproc-per-node 4 scripts/train_mini.py --work runs/mini --stage unet --minutes 90 --threads 1
     python scripts/train_mini.py --work runs/mini --stage vision --minutes 20
+    python scripts/train_mini.py --work runs/mini --stage decoder --minutes 20
     python scripts/train_mini.py --work runs/mini --stage pack
 
 Each stage goes on from its checkpoint when it is started again, and ends after --minutes (all its runs
@@ -67,7 +68,8 @@ STAGES: dict[str, dict[str, float]] = {
     "vision": dict(steps=8000, batch=64, lr=1e-3, seed=5),
     "judge": dict(steps=10000, batch=64, lr=1e-3, seed=2),
     "vae": dict(steps=9000, batch=16, lr=1.5e-3, seed=3),
-    "unet": dict(steps=12000, batch=64, lr=8e-4, seed=4),
+    "decoder": dict(steps=9000, batch=16, lr=1e-3, seed=6),
+    "unet": dict(steps=12000, batch=64, lr=8e-4, seed=4, images=30_000),
 }
 
 
@@ -380,17 +382,25 @@ def recolour(x: torch.Tensor) -> torch.Tensor:
     return torch.where(torch.rand(n, 1, 1, 1, device=x.device) < 0.5, changed, x)
 
 
-def train_vae(work: Path, minutes: float, device: str) -> None:
-    """L1 and L2 on pixels, L1 on edges and on colour, and a light KL."""
-    settings = STAGES["vae"]
+def train_vae(stage: str, work: Path, minutes: float, device: str) -> None:
+    """L1 and L2 on pixels, L1 on edges and on colour, and a light KL.
+
+    "decoder" goes on with the VAE that is there, its encoder (whose latents the UNet was trained on) locked.
+    """
+    settings = STAGES[stage]
     torch.manual_seed(int(settings["seed"]))
-    vae = make_vae().to(device)
-    run = Run("vae", work, minutes, vae)
+    if stage == "decoder":
+        vae = AutoencoderKL.from_pretrained(work / "vae").to(device)
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
+    else:
+        vae = make_vae().to(device)
+    run = Run(stage, work, minutes, vae)
     _, pictures, _ = draw_many(IMAGES, int(settings["seed"]))
 
     def loss(rng: random.Random) -> dict[str, torch.Tensor]:
         x = to_float(pictures[[rng.randrange(IMAGES) for _ in range(int(settings["batch"]))]], device)
-        x = recolour(x)
+        x = recolour(x) if stage == "vae" else x
         with autocast(device, cpu=True):
             posterior = vae.encode(x).latent_dist
             y = vae.decode(posterior.sample()).sample
@@ -405,6 +415,9 @@ def train_vae(work: Path, minutes: float, device: str) -> None:
         return {"loss": pixel + 0.3 * edge + chroma + 2e-4 * kl, "pixel": pixel, "edge": edge, "kl": kl, "psnr": psnr}
 
     run.train(loss)
+    if stage == "decoder":
+        vae.save_pretrained(work / "vae")
+        return
     with torch.no_grad():
         latents = encode_all(vae, pictures[:2048], device)
     vae.register_to_config(scaling_factor=round(1 / latents.float().std().item(), 5))
@@ -415,10 +428,10 @@ def train_vae(work: Path, minutes: float, device: str) -> None:
 @torch.no_grad()
 def encode_all(vae: AutoencoderKL, pictures: torch.Tensor, device: str) -> torch.Tensor:
     """Posterior means of all pictures, fp16 (n, c, 16, 16), unscaled."""
-    chunks = [
-        vae.encode(to_float(p, device)).latent_dist.mean.half().cpu()
-        for p in tqdm(pictures.split(128), desc="encoding", mininterval=5)
-    ]
+    chunks = []
+    with autocast(device, cpu=True):
+        for part in tqdm(pictures.split(128), desc="encoding", mininterval=5):
+            chunks.append(vae.encode(to_float(part, device)).latent_dist.mean.half().cpu().contiguous())
     return torch.cat(chunks)
 
 
@@ -462,20 +475,20 @@ def train_unet(work: Path, minutes: float, device: str) -> None:
     run = Run("unet", work, minutes, unet, ema.requires_grad_(False))
     file = work / "latents.safetensors"
     if rank() == 0 and not file.exists():
-        _, pictures, _ = draw_many(IMAGES, int(settings["seed"]))
+        _, pictures, _ = draw_many(int(settings["images"]), int(settings["seed"]))
         save_file({"latents": encode_all(vae, pictures, device)}, file)
         del pictures
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
     latents = load_file(file)["latents"]
     scene_rng = random.Random(int(settings["seed"]))
-    scenes = [sample_scene(scene_rng) for _ in range(IMAGES)]
+    scenes = [sample_scene(scene_rng) for _ in range(len(latents))]
     del vae
     scale = AutoencoderKL.load_config(work / "vae")["scaling_factor"]
     alphas = make_scheduler().alphas_cumprod.to(device)
 
     def loss(rng: random.Random) -> dict[str, torch.Tensor]:
-        index = [rng.randrange(IMAGES) for _ in range(share)]
+        index = [rng.randrange(len(latents)) for _ in range(share)]
         x = latents[index].to(device).float() * scale
         texts = ["" if rng.random() < 0.1 else caption(scenes[i], rng) for i in index]
         with torch.no_grad():
@@ -557,8 +570,8 @@ def main(stage: str, work: Path, minutes: float, device: str, threads: int | Non
         torch.set_num_threads(threads)
     if stage in ("clip", "vision", "judge"):
         train_clip(stage, work, minutes, device)
-    elif stage == "vae":
-        train_vae(work, minutes, device)
+    elif stage in ("vae", "decoder"):
+        train_vae(stage, work, minutes, device)
     elif stage == "unet":
         train_unet(work, minutes, device)
     else:
