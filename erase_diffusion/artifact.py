@@ -31,7 +31,11 @@ SCHEMA_VERSION = 1
 
 def check_output(folder: Path, *, overwrite: bool) -> None:
     """Raise OutputError now, not after the work, when `folder` could not be written later."""
-    if folder.exists():
+    try:
+        exists = folder.exists()
+    except OSError as error:
+        raise OutputError(f"{str(folder)[:80]}… cannot be a folder's name: {error.strerror}") from None
+    if exists:
         if not folder.is_dir():
             raise OutputError(f"{folder} is a file; give a folder for --output")
         if not overwrite:
@@ -71,15 +75,14 @@ def save_drop_in(
         _write(temporary, encoder, state, record, card, picture)
         temporary.chmod(0o755)
         if folder.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".old", dir=folder.parent))
-            os.rename(folder, old / "was")
+            old = temporary.with_suffix(".old")
+            os.rename(folder, old)
             try:
                 os.rename(temporary, folder)
-            except OSError:
-                os.rename(old / "was", folder)
+            except BaseException:
+                os.rename(old, folder)
                 raise
-            finally:
-                shutil.rmtree(old, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
         else:
             os.rename(temporary, folder)
     except OSError as error:
@@ -110,10 +113,10 @@ def _write(
     (target / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     try:
         save_file(state, target / "model.safetensors", metadata={"format": "pt"})
+        encoder.tokenizer.save_pretrained(folder / "tokenizer")
     except Exception as error:
-        # safetensors reports a full disk as its own error type; to the caller it is one of writing.
-        raise OSError(f"model.safetensors: {error}") from error
-    encoder.tokenizer.save_pretrained(folder / "tokenizer")
+        # safetensors and tokenizers report a full disk as errors of their own; to the caller it is one of writing.
+        raise OSError(str(error)) from error
     vocab = encoder.tokenizer.get_vocab()
     # transformers 5 saves tokenizer.json alone; the slow tokenizers of other tools read these two.
     _write_vocabulary(folder / "tokenizer", encoder, vocab)
@@ -161,7 +164,7 @@ def load_erased_text_encoder(
     """Load a drop-in's `CLIPTextModel`, checked.
 
     base: a model name, folder or hub id; its text encoder must be the one that the erasure started from.
-    dtype: what to load as, the weights' own on disk if None; a pipeline's components must share one.
+    dtype: what to load as; float32 if None, as diffusers does. A pipeline's components must share one.
 
     Raises ModelError when files are missing or damaged, when the weights are not those the record hashes, or
     when the base is another model.
@@ -170,20 +173,24 @@ def load_erased_text_encoder(
 
     folder = Path(folder)
     record = read_record(folder)
-    on_disk = check_weights(folder / "text_encoder")
+    check_weights(folder / "text_encoder")
     found = weights_hash(load_file(folder / "text_encoder" / "model.safetensors"))
-    if found != record["erased"]["sha256"]:
+    try:
+        expected, origin = record["erased"]["sha256"], record["source"]["sha256"]
+    except (KeyError, TypeError):
+        raise ModelError(f"{folder / 'erasure.json'} lacks the hashes of its weights") from None
+    if found != expected:
         raise ModelError(f"{folder}: the weights are not the ones that erasure.json records (sha256 {found[:12]}…)")
     if base is not None:
         source = source_hash(Model(base).text_encoder())
-        if source != record["source"]["sha256"]:
+        if source != origin:
             raise ModelError(
-                f"{folder} was erased from {record['source']['model']!r} (sha256 {record['source']['sha256'][:12]}…), "
+                f"{folder} was erased from {record['source'].get('model')!r} (sha256 {origin[:12]}…), "
                 f"the text encoder of {base!r} is another (sha256 {source[:12]}…)"
             )
     model, info = CLIPTextModel.from_pretrained(
         folder / "text_encoder",
-        dtype=dtype or on_disk,
+        dtype=dtype or torch.float32,
         use_safetensors=True,
         local_files_only=True,
         output_loading_info=True,

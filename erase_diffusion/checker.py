@@ -28,15 +28,16 @@ if TYPE_CHECKING:
 
 THING_ENSEMBLE = ("{s}", "a picture of {s}", "there is {s}", "here we see {s}")
 NOTHING = ("nothing", "a shapeless blob", "an unfinished smudge", "a picture of nothing")
-MAX_PAIRED = 24  # beyond this many concepts, pairs are formed only with the checked one
+MAX_PAIRED = 24  # beyond this many things, pairs are formed only with those named to `things`
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """A concept's threshold and the error rates that were measured with it, on pictures set apart for this.
+    """A concept's threshold and the error rates that were measured with it.
 
-    false_alarms: share of pictures without the concept (other things, empty scenes, malformed drawings) in which it
-    is found.  misses: share of pictures asked to show it in which it is not found (the model's own failures included).
+    false_alarms: on pictures that the threshold was not set on, the share without the concept (other things, empty
+    scenes, malformed drawings) in which it is found.
+    misses: share of pictures asked to show it in which it is not found (the model's own failures included).
     """
 
     threshold: float
@@ -135,14 +136,12 @@ class CLIPChecker:
     def _nothing(self) -> list[str]:
         return [*NOTHING, *(phrase for phrases in self.vocabulary.alone.values() for phrase in phrases)]
 
-    def attributes(self, embeddings: Tensor, thing: str | None = None) -> dict[str, Tensor]:
-        """Probability (n,) of each attribute, of `thing` when it is known to be there."""
-        names = self.vocabulary.attributes
-        said = [
-            ("something {a}", "a {a} thing") if thing is None else ("a {a} " + thing, "a picture of a {a} " + thing)
-        ] * len(names)
-        p = self._probabilities(embeddings, [[t.format(a=n) for t in ts] for n, ts in zip(names, said, strict=True)])
-        return dict(zip(names, p.T, strict=True))
+    def attributes(self, embeddings: Tensor, extra: str | None = None) -> dict[str, Tensor]:
+        """Probability (n,) of each attribute, with nothing in the picture as one more answer."""
+        names = list(dict.fromkeys((*self.vocabulary.attributes, *([extra] if extra else []))))
+        wordings = [[f"something {n}", f"a {n} thing"] for n in names]
+        p = self._probabilities(embeddings, [*wordings, self._nothing()])
+        return dict(zip(names, p.T, strict=False))
 
     def places(self, embeddings: Tensor) -> dict[str, Tensor]:
         """Probability (n,) of each place."""
@@ -164,17 +163,17 @@ class CLIPChecker:
 
 
 def calibrate(positives: Sequence[float], negatives: Sequence[float], *, false_alarms: float = 0.01) -> Calibration:
-    """The lowest threshold of at least 0.5 whose false alarms on `negatives` stay at or under the wished share.
+    """The lowest threshold of at least 0.5 whose false alarms stay at or under the wished share.
 
-    positives, negatives: concept probabilities of pictures that should and should not show it.
-    Raises ConfigError without negatives: a threshold that no picture could fail is none.
+    positives, negatives: concept probabilities of pictures that should and should not show it. The threshold is
+    set on every other negative, and its false alarms are counted on the rest, which it has never seen.
+    Raises ConfigError with fewer than two negatives: a threshold that no picture could fail is none.
     """
-    if not len(negatives):
-        raise ConfigError("calibration needs pictures without the concept, got none")
-    scores = np.sort(np.asarray(negatives, dtype=np.float64))
-    allowed = int(false_alarms * len(scores))
-    highest_allowed = scores[len(scores) - 1 - allowed]
-    threshold = float(max(0.5, np.nextafter(highest_allowed, 2.0)))
-    alarms = Rate(int((scores >= threshold).sum()), len(scores))
+    if len(negatives) < 2:
+        raise ConfigError(f"calibration needs pictures without the concept, got {len(negatives)}")
+    fit, held_out = np.sort(np.asarray(negatives[0::2], dtype=np.float64)), negatives[1::2]
+    allowed = int(false_alarms * len(fit))
+    threshold = float(max(0.5, np.nextafter(fit[len(fit) - 1 - allowed], 2.0)))
+    alarms = Rate(sum(n >= threshold for n in held_out), len(held_out))
     missed = Rate(sum(p < threshold for p in positives), len(positives))
     return Calibration(threshold, alarms, missed)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -78,6 +78,7 @@ class Vocabulary:
     places: name → phrases with their preposition.  alone: name → phrases for the place with nothing in it.
     descriptions: name → ways to say an object without its word; asked by the verification, never trained on.
     templates / held_out_templates: {s} subject, {p} place, {y} style phrase.
+    is_held_out: whether an (object, attribute, place) combination is kept for the verification.
     """
 
     objects: Mapping[str, tuple[str, ...]]
@@ -92,7 +93,7 @@ class Vocabulary:
     descriptions: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     empty_templates: tuple[str, ...] = ("{a}",)
     relations: tuple[str, ...] = ("{a} to the left of {b}", "{a} above {b}", "{a} next to {b}")
-    held_out: frozenset[tuple[str, str, str]] = frozenset()
+    is_held_out: Callable[[str, str, str], bool] | None = None
 
     @property
     def neutral_style(self) -> str:
@@ -176,23 +177,22 @@ def sentence(template: str, *, s: str = "", p: str = "", a: str = "", style: str
     return text if "{y}" in template or not suffix else f"{text} {suffix}"
 
 
-def _names(phrase: str, word: str) -> bool:
-    """Whether a phrase says the word."""
-    return normalise(word) in normalise(phrase)
+def says(phrase: str, word: str) -> bool:
+    """Whether a phrase says the word, as a word of its own or its plural ("drawn with crayons")."""
+    return re.search(rf"\b{re.escape(normalise(word))}s?\b", normalise(phrase)) is not None
 
 
 def resolve_concept(concept: Concept, vocabulary: Vocabulary) -> Concept:
-    """Add the aliases that the vocabulary knows; for a known word, check that its kind is one it has.
-
-    The canonical spelling is kept as the user wrote it.
-    """
+    """Add the aliases that the vocabulary knows, and spell a known word as it does ("Cat" is no proper name)."""
     known = vocabulary.of_kind(concept.kind)
     for name, words in known.items():
-        if normalise(concept.name) in {normalise(w) for w in (name, *words)}:
+        spelt = {normalise(w): w for w in (*words, name)}
+        if normalise(concept.name) in spelt:
+            concept = replace(concept, name=spelt[normalise(concept.name)])
             extra = tuple(w for w in (name, *words) if normalise(w) != normalise(concept.name))
             if concept.kind == "style":
                 # “A crayon drawing” is no synonym of crayon: it says the word.
-                extra = tuple(w for w in extra if not _names(w, concept.name))
+                extra = tuple(w for w in extra if not says(w, concept.name))
             return replace(concept, aliases=tuple(dict.fromkeys((*concept.aliases, *extra))))
     return concept
 
@@ -205,21 +205,36 @@ def canonical(concept: Concept, vocabulary: Vocabulary) -> str:
     return concept.name
 
 
-def preserved(concept: Concept, vocabulary: Vocabulary, chosen: Sequence[str] = ()) -> dict[str, tuple[str, ...]]:
+def preserved(
+    concept: Concept, vocabulary: Vocabulary, chosen: Sequence[str] = (), erased: Sequence[str] = ()
+) -> dict[str, tuple[str, ...]]:
     """Objects and characters that must stay (name → words): the chosen ones, else all the vocabulary holds.
 
-    Raises ConfigError when a chosen word is the concept or one of its aliases.
+    chosen: the user's words, found in the vocabulary where it knows them; its styles and attributes are held in any
+    case, by being what the prompts around the things are made of.
+    erased: words of other concepts erased together with this one.
+
+    Raises ConfigError when a chosen word is empty, the concept, or one of its aliases.
     """
-    erased = {normalise(w) for w in concept.words}
-    overlap = [w for w in chosen if normalise(w) in erased]
-    if overlap:
-        raise ConfigError(f"{overlap[0]!r} is both a concept to erase and one to preserve; take it out of one of them")
-    everything = {**vocabulary.objects, **vocabulary.characters}
-    if chosen:
-        return {w: everything.get(w, (w,)) for w in chosen}
-    if concept.kind in ("style", "attribute"):
-        return everything
-    return {n: words for n, words in everything.items() if not erased & {normalise(w) for w in (n, *words)}}
+    gone = {normalise(w) for w in (*concept.words, *erased)}
+    everything = {
+        name: words
+        for name, words in {**vocabulary.objects, **vocabulary.characters}.items()
+        if not gone & {normalise(w) for w in (name, *words)}
+        or (
+            concept.kind in ("style", "attribute")
+            and not {normalise(w) for w in erased} & {normalise(w) for w in words}
+        )
+    }
+    picked: dict[str, tuple[str, ...]] = {}
+    for word in chosen:
+        check_word("preserved word", word)
+        if normalise(word) in gone:
+            raise ConfigError(f"{word!r} is both a concept to erase and one to preserve; take it out of one of them")
+        kind, name = vocabulary.find(word) or ("object", word)
+        if kind in ("object", "character"):
+            picked[name] = everything.get(name, (name,))
+    return picked or everything
 
 
 class PromptWriter:
@@ -244,7 +259,7 @@ class PromptWriter:
     def _concept_style(self, rng: random.Random, word: str) -> tuple[str, str]:
         """How a style that is to be erased is said: as the vocabulary says it, or in the usual phrases."""
         own, suffixes = (
-            [phrase for phrase in table.get(self.name, ()) if _names(phrase, self.name) == (word == self.concept.name)]
+            [phrase for phrase in table.get(self.name, ()) if says(phrase, self.name) == (word == self.concept.name)]
             for table in (self.vocabulary.styles, self.vocabulary.style_suffixes)
         )
         if own and (word in own or word == self.concept.name):
@@ -252,111 +267,109 @@ class PromptWriter:
         before = rng.choice((f"a {word} picture", f"a {word} drawing", f"a picture in the style of {word}"))
         return before, rng.choice((f"in the style of {word}", f"in {word} style", f"by {word}"))
 
-    def _context(self, rng: random.Random) -> tuple[str | None, str | None, str | None]:
-        """An attribute, a place and a style, each said or not."""
+    def _context(self, rng: random.Random, thing: str, held_out: bool) -> tuple[str | None, str | None, str | None]:
+        """An attribute, a place and a style, each said or not; said together, of the right side of the split."""
         v = self.vocabulary
         styles = [s for s in v.styles if s != v.neutral_style and s != self.name]
         attributes = [a for a in v.attributes if a != self.name or self.concept.kind != "attribute"]
-        return (
-            rng.choice(attributes) if attributes and rng.random() < 0.6 else None,
-            rng.choice(list(v.places)) if v.places and rng.random() < 0.6 else None,
-            rng.choice(styles) if styles and rng.random() < 0.4 else None,
-        )
+        attribute = rng.choice(attributes) if attributes and rng.random() < 0.6 else None
+        place = rng.choice(list(v.places)) if v.places and rng.random() < 0.6 else None
+        style = rng.choice(styles) if styles and rng.random() < 0.4 else None
+        if attribute and place and v.is_held_out:
+            cells = [(a, p) for a in attributes for p in v.places if v.is_held_out(thing, a, p) == held_out]
+            if not cells:
+                return attribute, None, style
+            attribute, place = rng.choice(cells)
+        return attribute, place, style
 
-    def _forget(self, rng: random.Random, word: str, templates: Sequence[str], held_out: bool) -> tuple[Prompt, str]:
-        """One prompt that asks for the concept by `word`, and the same prompt asking for the anchor."""
+    def _attribute(self, rng: random.Random) -> str | None:
+        """An attribute for the other thing of a pair, said or not."""
+        return self._context(rng, "", False)[0]
+
+    def _forget(self, rng: random.Random, word: str, *, held_out: bool, pairs: bool) -> tuple[Prompt, str]:
+        """One prompt that asks for the concept by `word`, and the same prompt asking for the anchor.
+
+        held_out: of the verification's templates and combinations.  pairs: now and then beside something else.
+        """
         v, kind = self.vocabulary, self.concept.kind
         anchor = self.concept.anchor
         assert anchor is not None
-        attribute, place, style = self._context(rng)
-        if kind == "character":
-            attribute = None  # a character has its own look
-        template = rng.choice(templates)
+        template = rng.choice(v.held_out_templates if held_out else v.templates)
+        thing = self.name
+        if kind == "style":
+            thing = rng.choice(list(self.preserve))
+        elif kind == "attribute":
+            thing = rng.choice([n for n in self.preserve if n in v.objects] or list(self.preserve))
+        attribute, place, style = self._context(rng, thing, held_out)
         there = rng.choice(v.places[place]) if place else ""
         phrase, suffix = self._style(rng, style)
         if kind == "style":
-            thing = rng.choice(list(self.preserve))
-            said = subject(rng.choice(self.preserve[thing]), attribute)
-            phrase, suffix = self._concept_style(rng, word)
-            text = sentence(template, s=said, p=there, style=phrase, suffix=suffix)
-            neutral, anchor_suffix = self._style(
-                rng, anchor if anchor in v.styles and anchor != v.neutral_style else None
-            )
-            if anchor not in v.styles:
-                neutral, anchor_suffix = f"a {anchor}", f"as a {anchor}"
-            other = sentence(template, s=said, p=there, style=neutral, suffix=anchor_suffix)
             coloured = attribute if thing in v.objects else None
-            return Prompt(text, "named", (thing,), coloured, place, self.name), other
+            said = subject(rng.choice(self.preserve[thing]), coloured)
+            phrase, suffix = self._concept_style(rng, word)
+            if anchor in v.styles:
+                neutral, anchor_suffix = self._style(rng, anchor if anchor != v.neutral_style else None)
+            else:
+                neutral, anchor_suffix = article(anchor), f"in {anchor} style"
+            text = sentence(template, s=said, p=there, style=phrase, suffix=suffix)
+            other = sentence(template, s=said, p=there, style=neutral, suffix=anchor_suffix)
+            # What is erased is no part of what must stay.
+            return Prompt(text, "named", (thing,), coloured, place), other
         if kind == "attribute":
-            thing = rng.choice([n for n in self.preserve if n in v.objects] or list(self.preserve))
             noun = rng.choice((*self.preserve[thing], "something"))
             text, other = (
                 sentence(template, s=subject(noun, w), p=there, style=phrase, suffix=suffix) for w in (word, anchor)
             )
-            return Prompt(text, "named", (thing,) if noun != "something" else (), self.name, place, style), other
+            return Prompt(text, "named", (thing,) if noun != "something" else (), None, place, style), other
+        if kind == "character":
+            attribute = None  # a character has its own look
         said, replaced = subject(word, attribute), subject(anchor, attribute)
-        coloured = attribute if kind == "object" else None
         things: tuple[str, ...] = (self.name,)
-        if not held_out and rng.random() < 0.3:
+        if pairs and rng.random() < 0.3:
             neighbour = rng.choice([n for n in self.preserve if n != anchor] or list(self.preserve))
-            second = subject(rng.choice(self.preserve[neighbour]), self._context(rng)[0])
-            pair = [("{x}", second), (second, "{x}")][rng.random() < 0.5]
-            relation = rng.choice(v.relations).format(a=pair[0], b=pair[1])
-            said, replaced = relation.replace("{x}", said), relation.replace("{x}", replaced)
-            things = (self.name, neighbour)
+            relation, places = self._beside(rng, neighbour)
+            said, replaced = relation.format(said), relation.format(replaced)
+            things = places
+            attribute = None  # whose would be anybody's guess
         text, other = (sentence(template, s=s, p=there, style=phrase, suffix=suffix) for s in (said, replaced))
-        return Prompt(text, "named", things, coloured, place, style), other
+        return Prompt(text, "named", things, attribute, place, style), other
 
-    def _retain(self, rng: random.Random, templates: Sequence[str]) -> Prompt:
+    def _beside(self, rng: random.Random, neighbour: str) -> tuple[str, tuple[str, ...]]:
+        """“{} to the left of a red car” or the other way round, and the two things' names."""
+        second = subject(rng.choice(self.preserve[neighbour]), self._attribute(rng)).replace("{", "").replace("}", "")
+        first, last = ("{}", second) if rng.random() < 0.5 else (second, "{}")
+        return rng.choice(self.vocabulary.relations).format(a=first, b=last), (self.name, neighbour)
+
+    def _retain(self, rng: random.Random, *, held_out: bool) -> Prompt:
         """One prompt that does not ask for the concept."""
         v = self.vocabulary
-        attribute, place, style = self._context(rng)
+        templates = v.held_out_templates if held_out else v.templates
+        thing = rng.choice(list(self.preserve))
+        attribute, place, style = self._context(rng, thing, held_out)
         there = rng.choice(v.places[place]) if place else ""
         phrase, suffix = self._style(rng, style)
         roll = rng.random()
         if roll < 0.08 and v.alone:
             where = rng.choice(list(v.alone))
-            template = rng.choice(v.empty_templates)
-            return Prompt(
-                sentence(template, a=rng.choice(v.alone[where]), style=phrase, suffix=suffix),
-                "empty",
-                (),
-                None,
-                where,
-                style,
-            )
+            text = sentence(rng.choice(v.empty_templates), a=rng.choice(v.alone[where]), style=phrase, suffix=suffix)
+            return Prompt(text, "empty", (), None, where, style)
         if roll < 0.14:
             said = subject("something", attribute) if attribute else "a thing"
-            return Prompt(
-                sentence(rng.choice(templates), s=said, p=there, style=phrase, suffix=suffix),
-                "vague",
-                (),
-                attribute,
-                place,
-                style,
-            )
-        thing = rng.choice(list(self.preserve))
-        word = rng.choice(self.preserve[thing])
-        said = subject(word, attribute)
+            text = sentence(rng.choice(templates), s=said, p=there, style=phrase, suffix=suffix)
+            return Prompt(text, "vague", (), attribute, place, style)
+        said = subject(rng.choice(self.preserve[thing]), attribute)
         things: tuple[str, ...] = (thing,)
         if roll > 0.7 and len(self.preserve) > 1:
             other = rng.choice([n for n in self.preserve if n != thing])
-            second = subject(rng.choice(self.preserve[other]), self._context(rng)[0])
+            second = subject(rng.choice(self.preserve[other]), self._attribute(rng))
             said, things = rng.choice(v.relations).format(a=said, b=second), (thing, other)
         coloured = attribute if thing in v.objects and len(things) == 1 else None
-        return Prompt(
-            sentence(rng.choice(templates), s=said, p=there, style=phrase, suffix=suffix),
-            "preserved",
-            things,
-            coloured,
-            place,
-            style,
-        )
+        text = sentence(rng.choice(templates), s=said, p=there, style=phrase, suffix=suffix)
+        return Prompt(text, "preserved", things, coloured, place, style)
 
     def training_sets(self, n_forget: int, n_retain: int, triggers: Sequence[str] = ()) -> PromptSets:
         """Forget pairs over all the concept's words (and mined `triggers`), retain prompts, and a held-out fifth."""
         rng = random.Random(f"train {self.seed}")
-        templates = self.vocabulary.templates
         # The bare words come first: the shortest prompts are the most common ones.
         forget: dict[str, str] = {}
         if self.concept.kind in ("object", "character"):
@@ -372,28 +385,24 @@ class PromptWriter:
                 word = " ".join(rng.sample(list(triggers), min(len(triggers), rng.choice((1, 1, 2, 3)))))
             else:
                 word = rng.choice(words)
-            prompt, other = self._forget(rng, word, templates, held_out=False)
+            prompt, other = self._forget(rng, word, held_out=False, pairs=True)
             forget[prompt.text] = other
         retain: dict[str, None] = {"": None}
         for _ in range(20 * n_retain):
             if len(retain) >= n_retain:
                 break
-            retain[self._retain(rng, templates).text] = None
+            retain[self._retain(rng, held_out=False).text] = None
         pairs, kept = list(forget.items()), list(retain)
         a, b = max(1, len(pairs) * 4 // 5), max(1, len(kept) * 4 // 5)
         return PromptSets(tuple(pairs[:a]), tuple(kept[:b]), tuple(pairs[a:]), tuple(kept[b:]))
 
-    def calibration_prompts(self, rng: random.Random, count: int) -> list[str]:
-        """Prompts that name the concept, alone or beside something else: what the checker must find."""
-        templates = self.vocabulary.held_out_templates
-        return [self._forget(rng, self.concept.name, templates, held_out=False)[0].text for _ in range(count)]
-
-    def negative_prompts(self, rng: random.Random, count: int) -> tuple[list[str], list[str]]:
-        """Prompts of other things, and of empty scenes: what the checker must not take for the concept."""
+    def calibration_prompts(self, count: int) -> tuple[list[str], list[str], list[str]]:
+        """`count` prompts each that name the concept, that name other things, and of empty scenes."""
+        rng = random.Random(f"calibrate {self.seed}")
+        named = [self._forget(rng, self.concept.name, held_out=True, pairs=True)[0].text for _ in range(count)]
         wanted: dict[str, list[str]] = {"preserved": [], "empty": []}
-        templates = self.vocabulary.held_out_templates
         for _ in range(400 * count):
-            prompt = self._retain(rng, templates)
+            prompt = self._retain(rng, held_out=True)
             # A thing whose attribute is not said may well have the one that is erased.
             if self.concept.kind == "attribute" and prompt.things and prompt.attribute is None:
                 continue
@@ -402,59 +411,55 @@ class PromptWriter:
                 bucket.append(prompt.text)
             if all(len(b) >= count for b in wanted.values()):
                 break
-        return wanted["preserved"], wanted["empty"]
+        return named, wanted["preserved"], wanted["empty"]
 
     def verification_prompts(self, per_group: int) -> list[Prompt]:
-        """Prompts of the held-out templates: `per_group` of each group that the vocabulary can fill.
+        """Prompts of the held-out templates and combinations: `per_group` of each group that can be filled.
 
-        Groups: named, synonym, described, two-object (the concept beside a kept object), preserved, empty.
+        Groups: named, synonym, described, two-object (the concept beside a kept object), preserved (twice as
+        many). Without an alias the named prompts are twice as many, so that the verdict rests on as many pictures.
         """
         rng = random.Random(f"verify {self.seed}")
         v, kind = self.vocabulary, self.concept.kind
-        templates = v.held_out_templates
-        prompts: list[Prompt] = []
-        for _ in range(per_group):
-            prompts.append(self._forget(rng, self.concept.name, templates, held_out=True)[0])
         aliases = [w for w in self.concept.words if w != self.concept.name]
-        for i in range(per_group if aliases else 0):
-            prompts.append(
-                replace(self._forget(rng, aliases[i % len(aliases)], templates, held_out=True)[0], group="synonym")
-            )
         described = v.descriptions.get(self.name, ()) if kind in ("object", "character") else ()
-        for i in range(per_group if described else 0):
-            prompts.append(
-                replace(
-                    self._forget(rng, described[i % len(described)], templates, held_out=True)[0], group="described"
-                )
-            )
+        asked: list[tuple[str, str]] = [("named", self.concept.name)] * (per_group if aliases else 2 * per_group)
+        for group, words in (("synonym", aliases), ("described", described)):
+            asked += [(group, words[i % len(words)]) for i in range(per_group if words else 0)]
+        prompts = [
+            replace(self._forget(rng, word, held_out=True, pairs=False)[0], group=group) for group, word in asked
+        ]
         if kind in ("object", "character"):
             neighbours = [n for n in self.preserve if n != self.concept.anchor] or list(self.preserve)
             for i in range(per_group):
-                other = neighbours[i % len(neighbours)]
-                attribute, place, style = self._context(rng)
-                phrase, suffix = self._style(rng, style)
-                pair = [subject(self.concept.name, attribute), subject(other, self._context(rng)[0])]
-                rng.shuffle(pair)
-                text = sentence(
-                    rng.choice(templates),
-                    s=rng.choice(v.relations).format(a=pair[0], b=pair[1]),
-                    p=rng.choice(v.places[place]) if place else "",
-                    style=phrase,
-                    suffix=suffix,
-                )
-                prompts.append(Prompt(text, "two-object", (self.name, other), None, place, style))
+                relation, things = self._beside(rng, neighbours[i % len(neighbours)])
+                attribute, place, style = self._context(rng, self.name, True)
+                said = relation.format(subject(self.concept.name, attribute if kind == "object" else None))
+                prompts.append(self._held_out(rng, "two-object", said, things, None, place, style))
         names = list(self.preserve)
         for i in range(2 * per_group):
-            # Every preserved concept in turn, its own word, so that none is left to chance.
-            attribute, place, style = self._context(rng)
-            phrase, suffix = self._style(rng, style)
+            # Every preserved concept in turn, so that none is left to chance.
             thing = names[i % len(names)]
-            text = sentence(
-                rng.choice(templates),
-                s=subject(rng.choice(self.preserve[thing]), attribute),
-                p=rng.choice(v.places[place]) if place else "",
-                style=phrase,
-                suffix=suffix,
-            )
-            prompts.append(Prompt(text, "preserved", (thing,), attribute if thing in v.objects else None, place, style))
+            attribute, place, style = self._context(rng, thing, True)
+            said = subject(rng.choice(self.preserve[thing]), attribute)
+            coloured = attribute if thing in v.objects else None
+            prompts.append(self._held_out(rng, "preserved", said, (thing,), coloured, place, style))
         return prompts
+
+    def _held_out(
+        self,
+        rng: random.Random,
+        group: str,
+        said: str,
+        things: tuple[str, ...],
+        attribute: str | None,
+        place: str | None,
+        style: str | None,
+    ) -> Prompt:
+        """A subject in a held-out sentence."""
+        phrase, suffix = self._style(rng, style)
+        there = rng.choice(self.vocabulary.places[place]) if place else ""
+        template = rng.choice(self.vocabulary.held_out_templates)
+        return Prompt(
+            sentence(template, s=said, p=there, style=phrase, suffix=suffix), group, things, attribute, place, style
+        )

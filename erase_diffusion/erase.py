@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import platform
 import random
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,22 +27,22 @@ from erase_diffusion.concepts import (
     PromptWriter,
     Vocabulary,
     article,
-    canonical,
     normalise,
     preserved,
     resolve_concept,
+    says,
 )
 from erase_diffusion.erasers import ERASERS, Erasure
 from erase_diffusion.errors import ConfigError
-from erase_diffusion.generation import draw
-from erase_diffusion.imagefolder import read_image_folder
+from erase_diffusion.generation import draw, noise_seeds
+from erase_diffusion.imagefolder import ImageFolder, read_image_folder
 from erase_diffusion.metrics import Limits
 from erase_diffusion.models import Model, source_hash
 from erase_diffusion.report.before_after import before_after
 from erase_diffusion.report.model_card import model_card
 from erase_diffusion.text_encoder import TextEncoder
 from erase_diffusion.triggers import find_triggers
-from erase_diffusion.verification import TRAINING_SEED, Verification, Verifier, make_checker
+from erase_diffusion.verification import Verification, Verifier, make_checker
 
 DEFAULT_METHOD = "cliperase"
 # Stage, done, total: what a progress display is told.
@@ -169,30 +171,26 @@ def erase_concept(
     config = method_config(method, loaded, **{"strength": strength, "steps": steps, **(settings or {})})
     eraser = ERASERS[method][0](config)
     concepts = [resolve_concept(c, vocabulary) for c in concepts]
-    erased_words = {normalise(w) for c in concepts for w in c.words}
-    # A closed form needs no CLIP: it is worth a look when it is on disk, but not a download.
-    clip = (
-        loaded.clip() if eraser.needs_images or (Path(loaded.spec.clip or "").is_dir() and loaded.spec.clip) else None
-    )
-    encoder = loaded.paired_text_encoder(clip[0]) if clip else loaded.text_encoder()
-    writers = []
-    for one in concepts:
-        keep = {
-            n: w
-            for n, w in preserved(one, vocabulary, preserve).items()
-            if not erased_words & {normalise(x) for x in w}
-        }
-        if one.kind in ("style", "attribute"):
-            keep = preserved(one, vocabulary, preserve)
-        writers.append(
-            PromptWriter(resolve_anchor(one, vocabulary, keep, encoder, erased_words), vocabulary, keep, seed)
+    words = [[w for other in concepts if other is not c for w in other.words] for c in concepts]
+    keeps = [preserved(c, vocabulary, preserve, w) for c, w in zip(concepts, words, strict=True)]
+    if (forget_images or retain_images) and not eraser.needs_images:
+        raise ConfigError(
+            f"{method} uses no images; leave out --forget-images and --retain-images, or choose cliperase"
         )
+    own = _own_images(concepts, forget_images, retain_images, skip_bad)
+
+    # A closed form needs no CLIP: it is worth a look when it is on disk, but not a download.
+    needs_clip = eraser.needs_images or Path(loaded.spec.clip).is_dir()
+    clip = loaded.clip() if needs_clip else None
+    encoder = loaded.paired_text_encoder(clip[0]) if clip else loaded.text_encoder()
+    erased_words = {normalise(w) for c in concepts for w in c.words}
+    writers = []
+    for one, keep in zip(concepts, keeps, strict=True):
+        anchored = resolve_anchor(one, vocabulary, keep, encoder, erased_words)
+        if anchored.anchor and normalise(anchored.anchor) in erased_words:
+            raise ConfigError(f"{one.name!r} cannot become {anchored.anchor!r}, which is to be erased as well")
+        writers.append(PromptWriter(anchored, vocabulary, keep, seed))
     concepts = [w.concept for w in writers]
-    for one in concepts:
-        if one.anchor and normalise(one.anchor) in erased_words:
-            raise ConfigError(
-                f"{one.name!r} cannot become {one.anchor!r}, which is to be erased as well; choose another --anchor"
-            )
 
     verifier, calibrations = None, []
     if verify:
@@ -206,32 +204,29 @@ def erase_concept(
     started = time.perf_counter()
     sets, triggers = _prompt_sets(writers, encoder)
     features: dict[str, Tensor] = {}
-    skipped = 0
     if eraser.needs_images:
         assert clip is not None
         pipe = verifier.pipe if verifier else loaded.painter()
-        source = _Pictures(loaded, pipe, encoder, clip, seed, progress)
-        sets, features, skipped = source.features(sets, concepts, forget_images, retain_images, skip_bad)
-    elif forget_images or retain_images:
-        raise ConfigError(
-            f"{method} uses no images; leave out --forget-images and --retain-images, or choose cliperase"
-        )
+        sets, features = _Pictures(loaded, pipe, encoder, clip, seed, progress).features(sets, own, concepts)
     erasure: Erasure = eraser.erase(
-        encoder, sets, features, seed=seed, progress=lambda step, of, text: progress(f"erasing ({method})", step, of)
+        encoder,
+        sets,
+        features,
+        seed=seed,
+        progress=lambda step, of, text: progress(f"erasing ({method})", step, of),
     )
     seconds = time.perf_counter() - started
 
     verifications: list[Verification] = []
     if verifier:
-        per_writer = [len(w.verification_prompts(images_per_group)) * 2 for w in writers]
-        count = _counter(progress, "verifying", sum(per_writer))
+        # The drop-in is saved in the source's dtype: what is verified is what is saved.
+        shipped = _rounded(erasure.encoder)
+        count = _counter(progress, "verifying", sum(2 * len(w.verification_prompts(images_per_group)) for w in writers))
         for writer, calibration in zip(writers, calibrations, strict=True):
-            # The drop-in is saved in the source's dtype: what is verified is what is saved.
-            shipped = _rounded(erasure.encoder)
             verifications.append(
                 verifier.verify(writer, shipped, calibration, per_group=images_per_group, limits=limits, progress=count)
             )
-    record = _record(loaded, encoder, concepts, writers, erasure, triggers, sets, skipped, seed, seconds, verifications)
+    record = _record(loaded, encoder, writers, erasure, triggers, sets, own, seed, seconds, verifications)
     return ErasedConcept(tuple(concepts), erasure, tuple(verifications), record)
 
 
@@ -258,20 +253,21 @@ def _rounded(encoder: TextEncoder) -> TextEncoder:
 def _prompt_sets(writers: Sequence[PromptWriter], encoder: TextEncoder) -> tuple[PromptSets, dict[str, list[str]]]:
     """The forget pairs of all concepts together, and retain prompts that name none of them."""
     parts, triggers = [], {}
+    erased = {normalise(w) for writer in writers for w in writer.concept.words}
     for writer in writers:
-        concept = writer.concept
+        concept, v = writer.concept, writer.vocabulary
         found: list[str] = []
         if concept.kind in ("object", "character"):
-            found = find_triggers(encoder, writer.vocabulary, concept.words, list(writer.preserve.values()))
+            # All that the vocabulary holds competes, whatever is preserved: between two words anything is a trigger.
+            others = {**v.objects, **v.characters, **writer.preserve}
+            rest = [words for words in others.values() if not erased & {normalise(w) for w in words}]
+            found = find_triggers(encoder, v, concept.words, rest)
         triggers[concept.name] = found
         parts.append(writer.training_sets(320, 640 // len(writers), found))
-    erased = [normalise(w) for w in (x for writer in writers for x in writer.concept.words)]
-    several = len(writers) > 1
 
     def clean(prompts: Sequence[str]) -> tuple[str, ...]:
         # With several concepts, one's retain prompts may name another (a style beside an object).
-        kept = [p for p in dict.fromkeys(prompts) if not several or not any(w in normalise(p) for w in erased)]
-        return tuple(kept)
+        return tuple(p for p in dict.fromkeys(prompts) if len(writers) == 1 or not any(says(p, w) for w in erased))
 
     return PromptSets(
         tuple(pair for part in parts for pair in part.forget),
@@ -279,6 +275,29 @@ def _prompt_sets(writers: Sequence[PromptWriter], encoder: TextEncoder) -> tuple
         tuple(pair for part in parts for pair in part.forget_held_out),
         clean([p for part in parts for p in part.retain_held_out]),
     ), triggers
+
+
+@dataclass(frozen=True)
+class _OwnImages:
+    """The user's images, read and checked before any work; None for a side that is drawn instead."""
+
+    forget: ImageFolder | None
+    retain: ImageFolder | None
+
+    @property
+    def skipped(self) -> int:
+        return sum(side.skipped for side in (self.forget, self.retain) if side is not None)
+
+
+def _own_images(
+    concepts: Sequence[Concept], forget: str | Path | None, retain: str | Path | None, skip_bad: bool
+) -> _OwnImages:
+    first = concepts[0]
+    caption = f"a picture in {first.name} style" if first.kind == "style" else article(first.name)
+    return _OwnImages(
+        read_image_folder(Path(forget), default_caption=caption, skip_bad=skip_bad) if forget else None,
+        read_image_folder(Path(retain), default_caption=None, skip_bad=skip_bad) if retain else None,
+    )
 
 
 @dataclass
@@ -294,62 +313,51 @@ class _Pictures:
     drawn: int = 48
 
     def features(
-        self,
-        sets: PromptSets,
-        concepts: Sequence[Concept],
-        forget: str | Path | None,
-        retain: str | Path | None,
-        skip_bad: bool,
-    ) -> tuple[PromptSets, dict[str, Tensor], int]:
-        """The prompt sets (with the user's captions in front), prompt → features (k, d_proj), and skipped files."""
-        skipped = 0
+        self, sets: PromptSets, own: _OwnImages, concepts: Sequence[Concept]
+    ) -> tuple[PromptSets, dict[str, Tensor]]:
+        """The prompt sets (with the user's captions among them) and prompt → features (k, d_proj)."""
         features: dict[str, Tensor] = {}
+        rng = random.Random(self.seed)
         to_draw: list[str] = []
-        if forget is not None:
-            folder = read_image_folder(Path(forget), default_caption=article(concepts[0].name), skip_bad=skip_bad)
-            skipped += folder.skipped
-            pairs = tuple((caption, _to_anchor(caption, concepts)) for caption, _ in folder.items)
+        if own.forget is not None:
+            pairs = tuple((caption, _to_anchor(caption, concepts)) for caption, _ in own.forget.items)
             sets = dataclasses.replace(sets, forget=tuple(dict.fromkeys((*pairs, *sets.forget))))
-            self._add(features, [c for c, _ in folder.items], [i for _, i in folder.items])
+            self._add(features, own.forget.items)
         else:
-            to_draw += random.Random(self.seed).sample([p for p, _ in sets.forget], min(self.drawn, len(sets.forget)))
+            to_draw += rng.sample([p for p, _ in sets.forget], min(self.drawn, len(sets.forget)))
             to_draw += [p for p, _ in sets.forget_held_out[: self.drawn // 4]]
-        if retain is not None:
-            folder = read_image_folder(Path(retain), default_caption="", skip_bad=skip_bad)
-            skipped += folder.skipped
-            named = [(c, i) for c, i in folder.items if c]
-            sets = dataclasses.replace(sets, retain=tuple(dict.fromkeys((*sets.retain, *(c for c, _ in named)))))
-            self._add(features, [c for c, _ in named], [i for _, i in named])
+        if own.retain is not None:
+            sets = dataclasses.replace(
+                sets, retain=tuple(dict.fromkeys((*sets.retain, *(c for c, _ in own.retain.items))))
+            )
+            self._add(features, own.retain.items)
         else:
             pool = [p for p in sets.retain if p]
-            to_draw += random.Random(self.seed).sample(pool, min(self.drawn, len(pool)))
+            to_draw += rng.sample(pool, min(self.drawn, len(pool)))
             to_draw += [p for p in sets.retain_held_out[: self.drawn // 4] if p]
         if to_draw:
             spec = self.model.spec
-            count = _counter(self.progress, "drawing for the eraser", len(to_draw))
-            seeds = [TRAINING_SEED + self.seed * 10_000 + i for i in range(len(to_draw))]
             images = draw(
                 self.pipe,
                 self.encoder,
                 to_draw,
-                seeds,
+                noise_seeds("training", self.seed, len(to_draw)),
                 steps=min(spec.steps, 10),
                 guidance=spec.guidance,
-                progress=count,
+                progress=_counter(self.progress, "drawing for the eraser", len(to_draw)),
             )
-            self._add(features, to_draw, [Image.fromarray(i) for i in images])
-        return sets, features, skipped
+            self._add(features, [(p, Image.fromarray(i)) for p, i in zip(to_draw, images, strict=True)])
+        return sets, features
 
     @torch.no_grad()
-    def _add(self, features: dict[str, Tensor], captions: Sequence[str], images: Sequence[Image.Image]) -> None:
-        """Run the frozen image tower once over the images."""
+    def _add(self, features: dict[str, Tensor], items: Sequence[tuple[str, Image.Image]]) -> None:
+        """Run the frozen image tower once over captioned images."""
         clip, _, processor = self.clip
-        for start in range(0, len(images), 64):
-            pixels = processor(images=list(images[start : start + 64]), return_tensors="pt").pixel_values.to(
-                self.model.device
-            )
+        for start in range(0, len(items), 64):
+            captions, images = zip(*items[start : start + 64], strict=True)
+            pixels = processor(images=list(images), return_tensors="pt").pixel_values.to(self.model.device)
             vectors = clip.visual_projection(clip.vision_model(pixel_values=pixels).pooler_output)
-            for caption, vector in zip(captions[start : start + 64], vectors, strict=True):
+            for caption, vector in zip(captions, vectors, strict=True):
                 known = features.get(caption)
                 features[caption] = vector[None] if known is None else torch.cat([known, vector[None]])
 
@@ -359,7 +367,7 @@ def _to_anchor(caption: str, concepts: Sequence[Concept]) -> str:
     text = normalise(caption)
     for concept in concepts:
         for word in sorted(concept.words, key=len, reverse=True):
-            text = text.replace(normalise(word), concept.anchor or "")
+            text = re.sub(rf"\b{re.escape(normalise(word))}\b", lambda _: concept.anchor or "", text)  # noqa: B023
     return text if text != normalise(caption) else article(concepts[0].anchor or "thing")
 
 
@@ -376,12 +384,11 @@ def _versions() -> dict[str, str]:
 def _record(
     model: Model,
     encoder: TextEncoder,
-    concepts: Sequence[Concept],
     writers: Sequence[PromptWriter],
     erasure: Erasure,
     triggers: Mapping[str, Sequence[str]],
     sets: PromptSets,
-    skipped: int,
+    own: _OwnImages,
     seed: int,
     seconds: float,
     verifications: Sequence[Verification],
@@ -390,26 +397,35 @@ def _record(
         "schema_version": SCHEMA_VERSION,
         "concepts": [
             {
-                "name": c.name,
-                "kind": c.kind,
-                "aliases": list(c.aliases),
-                "anchor": c.anchor,
-                "triggers": list(triggers.get(c.name, ())),
+                "name": w.concept.name,
+                "kind": w.concept.kind,
+                "aliases": list(w.concept.aliases),
+                "anchor": w.concept.anchor,
+                "triggers": list(triggers.get(w.concept.name, ())),
                 "preserve": list(w.preserve),
             }
-            for c, w in zip(concepts, writers, strict=True)
+            for w in writers
         ],
         "method": erasure.method,
         "parameters": erasure.parameters | {"seed": seed},
         "stopped": erasure.stopped,
-        "history": [{k: round(v, 6) for k, v in row.items()} for row in erasure.history],
-        "prompts": {"forget": len(sets.forget), "retain": len(sets.retain), "skipped_files": skipped},
-        "source": {"model": model.name, "sha256": source_hash(encoder), "class": "CLIPTextModel"},
+        "history": [{k: round(v, 6) for k, v in row.items() if math.isfinite(v)} for row in erasure.history],
+        "prompts": {"forget": len(sets.forget), "retain": len(sets.retain)},
+        "own_images": {
+            "forget": len(own.forget.items) if own.forget else None,
+            "retain": len(own.retain.items) if own.retain else None,
+            "skipped_files": own.skipped,
+        },
+        "source": {
+            "model": model.name,
+            "load_from": model.load_from,
+            "sha256": source_hash(encoder),
+            "class": "CLIPTextModel",
+        },
         "erased": {"sha256": source_hash(erasure.encoder), "dtype": str(erasure.encoder.dtype).removeprefix("torch.")},
         "versions": _versions(),
+        "device": model.device,
+        "picture_dtype": str(model.dtype).removeprefix("torch."),
         "seconds": round(seconds, 3),
-        "verification": [
-            {"concept": canonical(c, w.vocabulary), **v.to_dict()}
-            for c, w, v in zip(concepts, writers, verifications, strict=False)
-        ],
+        "verification": [{"concept": w.name, **v.to_dict()} for w, v in zip(writers, verifications, strict=False)],
     }

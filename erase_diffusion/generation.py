@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,12 @@ from erase_diffusion.text_encoder import TextEncoder
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
+
+
+def noise_seeds(role: str, seed: int, count: int) -> list[int]:
+    """Seeds for `count` pictures that depend on what they are for: calibration and verification never share noise."""
+    digests = (hashlib.sha256(f"{role} {seed} {i}".encode()).digest() for i in range(count))
+    return [int.from_bytes(d[:7], "big") for d in digests]
 
 
 def initial_noise(pipe: StableDiffusionPipeline, seeds: Sequence[int]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +22,10 @@ class ImageFolder:
     skipped: int
 
 
-def read_image_folder(folder: Path, *, default_caption: str, skip_bad: bool = False) -> ImageFolder:
+def read_image_folder(folder: Path, *, default_caption: str | None, skip_bad: bool = False) -> ImageFolder:
     """Images of `folder` with the captions (`text`) of its `metadata.jsonl`; without that file, `default_caption`.
+
+    default_caption: None makes the captions compulsory.
 
     Raises DataError, with file and line, for a missing or empty folder, a line that is no JSON object with
     `file_name` and `text`, a name that leaves the folder, and an image that can't be decoded; with `skip_bad`
@@ -53,10 +56,14 @@ def read_image_folder(folder: Path, *, default_caption: str, skip_bad: bool = Fa
     return ImageFolder(tuple(items), len(problems))
 
 
-def _entries(folder: Path, default_caption: str) -> list[tuple[str, str, str, str | None]]:
+def _entries(folder: Path, default_caption: str | None) -> list[tuple[str, str, str, str | None]]:
     """(where, file name, caption, problem) of every entry."""
     metadata = folder / "metadata.jsonl"
+    if not os.access(folder, os.R_OK | os.X_OK):
+        raise DataError(f"{folder} cannot be read")
     if not metadata.exists():
+        if default_caption is None:
+            raise DataError(f"{metadata} is missing: these images need captions, one JSON line each")
         names = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
         return [("", name, default_caption, None) for name in names]
     try:
@@ -76,7 +83,7 @@ def _entries(folder: Path, default_caption: str) -> list[tuple[str, str, str, st
         name, text = (row.get("file_name"), row.get("text")) if isinstance(row, dict) else (None, None)
         if not isinstance(name, str) or not isinstance(text, str) or not text.strip():
             entries.append((where, "", "", "an entry needs 'file_name' and a non-empty 'text'"))
-        elif not (folder / name).resolve().is_relative_to(folder.resolve()):
+        elif "\0" in name or not (folder / name).resolve().is_relative_to(folder.resolve()):
             entries.append((where, "", "", f"{name!r} leads out of the folder"))
         else:
             entries.append((where, name, text, None))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -107,60 +107,86 @@ EXIT_NOT_PRESERVED = 15
 class Limits:
     """The rule of the verdict; every comparison is with an end of a 95 % interval, never a point estimate.
 
-    max_found: the concept is gone from named and synonym prompts when the interval's upper end is at most this.
-    max_described: the same for descriptions without the word (fewer images are drawn of them).
-    min_kept: preserved concepts are kept when the interval's lower end is at least this.
-    present: the original shows the concept when the interval's lower end is at least this.
-    collapsed: below this upper end of the kept rate, the model itself is broken.
-    unchanged: mean pixel difference (0 to 255) under which two images count as the same.
+    max_found: upper end allowed for named and synonym prompts together.
+    max_group: upper end allowed for each group alone (fewer pictures, wider intervals): named, synonym, described,
+    two-object.
+    min_kept: lower end asked of the preserved concepts; min_rest: of every other row of what must stay.
+    present: lower end at which the original counts as showing the concept; a group under it proves nothing.
+    collapsed: upper end of the preserved concepts under which the model itself is broken.
+    unchanged: mean pixel difference (0 to 255) up to which two pictures count as the same.
+    fewest: a row of what must stay with fewer pictures than this is shown but not judged.
     """
 
     max_found: float = 0.05
-    max_described: float = 0.15
+    max_group: float = 0.15
     min_kept: float = 0.85
+    min_rest: float = 0.70
     present: float = 0.5
     collapsed: float = 0.5
     unchanged: float = 0.5
+    fewest: int = 12
+
+
+MAIN_ROW = "preserved concepts"
+
+
+def together(rates: Sequence[Rate]) -> Rate:
+    """Several counts as one."""
+    return Rate(sum(r.found for r in rates), sum(r.total for r in rates))
 
 
 def conclude(
-    *, before: Rate, asked: Rate, described: Rate | None, kept_rate: Rate, drift: float, limits: Limits
+    groups: Mapping[str, tuple[Rate, Rate]], kept_rates: Mapping[str, Rate], changed: Rate, limits: Limits
 ) -> tuple[Verdict, str]:
     """The verdict on one concept, and the rule that gave it in words.
 
-    before / asked: found by the original / the erased model on named and synonym prompts.
-    described: found by the erased model on descriptions, None where there are none to ask.
-    kept_rate: preserved concepts kept.  drift: mean pixel difference on the concept's own prompts, 0 to 255.
+    groups: group → the concept found by the original and by the erased model; "named" and "synonym" are what is asked.
+    kept_rates: what must stay → kept, `MAIN_ROW` among them.
+    changed: of the concept's own prompts, those whose picture is another one after the erasure.
     """
+    asked = [groups[g] for g in ("named", "synonym") if g in groups]
+    before, after = together([b for b, _ in asked]), together([a for _, a in asked])
     if before.low < limits.present:
         return "inconclusive", (
-            f"the original shows the concept in {before}: its lower end is under {limits.present:.0%}, "
+            f"the original shows the concept in {before}: the lower end is under {limits.present:.0%}, "
             "so its absence afterwards proves little"
         )
-    if drift <= limits.unchanged:
-        return "no effect", f"original and erased differ by {drift:.2f} of 255 on the concept's own prompts"
-    if kept_rate.total and kept_rate.high < limits.collapsed:
-        return "collapsed", f"preserved concepts are kept in {kept_rate}: the upper end is under {limits.collapsed:.0%}"
-    if asked.low >= before.low:
-        return "not removed", f"still found in {asked}, as in the original ({before})"
-    if asked.low > limits.present:
-        return "not removed", f"still found in {asked}: the lower end is over {limits.present:.0%}"
-    if asked.low > limits.max_found:
-        return "partly removed", f"still found in {asked}: the lower end is over {limits.max_found:.0%}"
-    if described is not None and described.low > limits.max_described:
-        return "partly removed", f"descriptions without the word still find it in {described}"
-    if asked.high > limits.max_found:
+    if changed.high <= limits.max_found:
+        return "no effect", f"of the concept's own prompts {changed} gave another picture"
+    main = kept_rates[MAIN_ROW]
+    if main.total and main.high < limits.collapsed:
+        return "collapsed", f"preserved concepts are kept in {main}: the upper end is under {limits.collapsed:.0%}"
+    if after.low > limits.present:
+        return "not removed", f"still found in {after}: the lower end is over {limits.present:.0%}"
+    if after.low > limits.max_found and after.high >= before.low:
+        return "not removed", f"still found in {after}, not clearly less than in the original ({before})"
+    if after.low > limits.max_found:
+        return "partly removed", f"still found in {after}: the lower end is over {limits.max_found:.0%}"
+    judged = {g: a for g, (b, a) in groups.items() if b.low >= limits.present}
+    unproven = [g for g in groups if g not in judged]
+    for group, found in judged.items():
+        if found.low > limits.max_group:
+            return "partly removed", f"{group} prompts still show it in {found}: over {limits.max_group:.0%}"
+    if after.high > limits.max_found:
         needed = images_for_upper_bound(limits.max_found)
         return "inconclusive", (
-            f"found in {asked}: the interval reaches over {limits.max_found:.0%}; "
-            f"with none found, {needed} images would settle it"
+            f"found in {after}: the interval reaches over {limits.max_found:.0%}; "
+            f"{needed} pictures with none found would settle it"
         )
-    if described is not None and described.high > limits.max_described:
-        return "inconclusive", f"descriptions without the word: {described}, reaching over {limits.max_described:.0%}"
-    words = f"found in {asked}: the upper end is at most {limits.max_found:.0%}"
-    return "removed", words if described is None else f"{words}; described: {described}"
+    for group, found in judged.items():
+        if found.high > limits.max_group:
+            return "inconclusive", f"{group} prompts: {found}, reaching over {limits.max_group:.0%}"
+    rule = f"found in {after}, at most {limits.max_found:.0%}; every group at most {limits.max_group:.0%}"
+    if unproven:
+        rule += f" (not judged, since the original shows it too seldom: {', '.join(unproven)})"
+    return "removed", rule
 
 
-def is_preserved(kept_rate: Rate, limits: Limits) -> bool:
-    """Whether the lower end of the kept rate reaches `min_kept`; False when nothing was counted."""
-    return kept_rate.total > 0 and kept_rate.low >= limits.min_kept
+def damaged(kept_rates: Mapping[str, Rate], limits: Limits) -> list[str]:
+    """The rows of what must stay that are not proven kept; empty when the rest is preserved."""
+    return [
+        name
+        for name, r in kept_rates.items()
+        if (name == MAIN_ROW and r.low < limits.min_kept)
+        or (name != MAIN_ROW and r.total >= limits.fewest and r.low < limits.min_rest)
+    ]

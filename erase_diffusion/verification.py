@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,28 +11,27 @@ import torch
 from torch import Tensor
 
 from erase_diffusion.checker import Calibration, CLIPChecker, calibrate
-from erase_diffusion.concepts import Concept, Prompt, PromptWriter, Vocabulary, canonical
+from erase_diffusion.concepts import Concept, Prompt, PromptWriter, canonical
 from erase_diffusion.errors import NothingToEraseError
-from erase_diffusion.generation import draw
+from erase_diffusion.generation import draw, noise_seeds
 from erase_diffusion.metrics import (
     EXIT_CODES,
     EXIT_NOT_PRESERVED,
+    MAIN_ROW,
     Limits,
     Rate,
     Verdict,
     conclude,
-    is_preserved,
+    damaged,
     kept,
     rate,
 )
 from erase_diffusion.models import Model
-from erase_diffusion.text_encoder import TextEncoder
+from erase_diffusion.text_encoder import TextEncoder, weights_hash
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
-# Seeds of the calibration, of the eraser's own pictures and of the verification never meet.
-CALIBRATION_SEED, TRAINING_SEED, VERIFICATION_SEED = 1_000_000, 2_000_000, 3_000_000
 Progress = Callable[[int], Any]
 
 
@@ -44,18 +42,25 @@ class Verification:
     groups: group → the concept's found rate (before, after).  kept: what must stay → share kept of what the
     original showed.  calibration: the judge's threshold and error rates.  rule: the verdict's reason in words.
     clip_score: mean CLIPScore of preserved prompts (before, after).
+    changed: of the concept's own prompts, those whose picture is another one.  images: how the pictures were drawn.
     """
 
     verdict: Verdict
     rule: str
-    preserved: bool
+    damaged: tuple[str, ...]
     groups: Mapping[str, tuple[Rate, Rate]]
     kept: Mapping[str, Rate]
     calibration: Calibration
     clip_score: tuple[float, float]
-    drift: float
+    changed: Rate
     limits: Limits
+    images: Mapping[str, Any]
     samples: tuple[tuple[Prompt, np.ndarray, np.ndarray], ...] = field(default=(), repr=False)
+
+    @property
+    def preserved(self) -> bool:
+        """Whether everything that must stay is proven kept."""
+        return not self.damaged
 
     @property
     def exit_code(self) -> int:
@@ -69,12 +74,15 @@ class Verification:
             "verdict": self.verdict,
             "rule": self.rule,
             "preserved": self.preserved,
+            "not_proven_kept": list(self.damaged),
+            "exit_code": self.exit_code,
             "found": {g: {"before": b.to_dict(), "after": a.to_dict()} for g, (b, a) in self.groups.items()},
             "kept": {name: r.to_dict() for name, r in self.kept.items()},
             "checker": self.calibration.to_dict(),
             "clip_score_preserved": {"before": round(self.clip_score[0], 3), "after": round(self.clip_score[1], 3)},
-            "drift_of_255": round(self.drift, 3),
-            "limits": vars(self.limits) | {},
+            "pictures_changed": self.changed.to_dict(),
+            "limits": asdict(self.limits),
+            "images": dict(self.images),
         }
 
 
@@ -88,16 +96,15 @@ class Verifier:
     checker: CLIPChecker
 
     def draw(
-        self, encoder: TextEncoder, prompts: Sequence[str], seed: int, progress: Progress, **options: Any
+        self, encoder: TextEncoder, prompts: Sequence[str], role: str, seed: int, progress: Progress, **options: Any
     ) -> np.ndarray:
-        """Pictures of prompts, the i-th from noise `seed + i`."""
+        """Pictures of prompts, from noise that belongs to this role and seed and to nothing else."""
         spec = self.model.spec
-        seeds = range(seed, seed + len(prompts))
         return draw(
             self.pipe,
             encoder,
             prompts,
-            list(seeds),
+            noise_seeds(role, seed, len(prompts)),
             steps=spec.steps,
             guidance=spec.guidance,
             progress=progress,
@@ -114,14 +121,10 @@ class Verifier:
         images: how many of each sort: with the concept, of other things, empty scenes, malformed.
         Raises NothingToEraseError when the model (almost) never draws the concept.
         """
-        rng = random.Random(f"calibrate {writer.seed}")
-        with_concept = writer.calibration_prompts(rng, images)
-        others, empty = writer.negative_prompts(rng, images)
-        steps = self.model.spec.steps
-        drawn = self.draw(self.original, [*with_concept, *others, *empty], CALIBRATION_SEED, progress)
-        half = self.draw(
-            self.original, with_concept[: images // 2], CALIBRATION_SEED + 500_000, progress, stop_at=max(1, steps // 4)
-        )
+        with_concept, others, empty = writer.calibration_prompts(images)
+        early = max(1, self.model.spec.steps // 4)
+        drawn = self.draw(self.original, [*with_concept, *others, *empty], "calibration", writer.seed, progress)
+        half = self.draw(self.original, with_concept[: images // 2], "half-drawn", writer.seed, progress, stop_at=early)
         malformed = np.concatenate([half, blobs(images - len(half), drawn.shape[1:3], seed=writer.seed)])
         scores = self.presence(writer, self.checker.embed_images(np.concatenate([drawn, malformed]))).cpu().numpy()
         calibration = calibrate(scores[: len(with_concept)].tolist(), scores[len(with_concept) :].tolist())
@@ -147,8 +150,8 @@ class Verifier:
         limits = limits or Limits()
         prompts = writer.verification_prompts(per_group)
         texts = [p.text for p in prompts]
-        before = self.draw(self.original, texts, VERIFICATION_SEED, progress)
-        after = self.draw(erased, texts, VERIFICATION_SEED, progress)
+        before = self.draw(self.original, texts, "verification", writer.seed, progress)
+        after = self.draw(erased, texts, "verification", writer.seed, progress)
         judged = [
             judge(self.checker, writer, prompts, self.checker.embed_images(i), calibration) for i in (before, after)
         ]
@@ -160,32 +163,33 @@ class Verifier:
                 groups[group] = (rate([found[0][i] for i in index]), rate([found[1][i] for i in index]))
         kept_rates = keep_table(prompts, judged[0], judged[1])
         own = [i for i, p in enumerate(prompts) if p.group in ("named", "synonym")]
-        drift = float(np.abs(before[own].astype(np.float32) - after[own].astype(np.float32)).mean())
+        moved = np.abs(before[own].astype(np.float32) - after[own].astype(np.float32)).mean((1, 2, 3))
+        changed = rate((moved > limits.unchanged).tolist())
         rest = [i for i, p in enumerate(prompts) if p.group == "preserved"]
         scores = [
             float(self.checker.clip_score(self.checker.embed_images(images[rest]), [texts[i] for i in rest]).mean())
             for images in (before, after)
         ]
-        described = groups.get("described")
-        verdict, rule = conclude(
-            before=rate([found[0][i] for i in own]),
-            asked=rate([found[1][i] for i in own]),
-            described=described[1] if described else None,
-            kept_rate=kept_rates["preserved concepts"],
-            drift=drift,
-            limits=limits,
-        )
+        verdict, rule = conclude(groups, kept_rates, changed, limits)
         shown = sample_indices(prompts)
         return Verification(
             verdict=verdict,
             rule=rule,
-            preserved=is_preserved(kept_rates["preserved concepts"], limits),
+            damaged=tuple(damaged(kept_rates, limits)),
             groups=groups,
             kept=kept_rates,
             calibration=calibration,
             clip_score=(scores[0], scores[1]),
-            drift=drift,
+            changed=changed,
             limits=limits,
+            images={
+                "steps": self.model.spec.steps,
+                "guidance": self.model.spec.guidance,
+                "count": 2 * len(prompts),
+                "seed": writer.seed,
+                "judge": "mini/judge" if self.model.spec.name == "mini" else self.model.spec.judge,
+                "judge_sha256": weights_hash(dict(self.checker.model.state_dict())),
+            },
             samples=tuple((prompts[i], before[i], after[i]) for i in shown),
         )
 
@@ -209,9 +213,10 @@ def presence(checker: CLIPChecker, concept: Concept, embeddings: Tensor) -> Tens
         )
         return checker.styles(embeddings, {name: phrases} if phrases else None)[name]
     if concept.kind == "attribute":
-        return checker.attributes(embeddings)[name]
-    extra = {} if name in vocabulary.objects or name in vocabulary.characters else {name: concept.name}
-    return checker.things(embeddings, extra)[name]
+        return checker.attributes(embeddings, extra=name)[name]
+    # Named even when the vocabulary holds it: in a long vocabulary pairs are formed with the named things.
+    word = name if name in {**vocabulary.objects, **vocabulary.characters} else concept.name
+    return checker.things(embeddings, {name: word})[name]
 
 
 def judge(
@@ -220,8 +225,8 @@ def judge(
     """What the judge sees in each picture: the concept (calibrated), and whether each thing, attribute, place and
     style that its prompt names is there (None where the prompt names none)."""
     concept = presence(checker, writer.concept, embeddings)
-    words = {n: n for n in writer.preserve}
-    things = checker.things(embeddings, words)
+    # The preserved things by their own names; the user's own words for what the vocabulary doesn't hold.
+    things = checker.things(embeddings, {n: n for n in writer.preserve})
     attributes = checker.attributes(embeddings)
     places, styles = checker.places(embeddings), checker.styles(embeddings)
     best = [_argmax(table) for table in (attributes, places, styles)]
@@ -260,7 +265,7 @@ def keep_table(
         index = [i for i, p in enumerate(prompts) if p.group in groups and before[field_name][i] is not None]
         return kept([before[field_name][i] for i in index], [after[field_name][i] for i in index])
 
-    table = {"preserved concepts": share("others", {"preserved"})}
+    table = {MAIN_ROW: share("others", {"preserved"})}
     if any(p.group == "two-object" for p in prompts):
         table["other object of a pair"] = share("others", {"two-object"})
     asked = {"named", "synonym"}
@@ -271,7 +276,7 @@ def keep_table(
     for name in ("attribute", "place", "style"):
         table[f"{name} of an erased prompt"] = share(name, asked)
         table[f"{name} of a preserved prompt"] = share(name, {"preserved"})
-    return {name: r for name, r in table.items() if r.total or name == "preserved concepts"}
+    return {name: r for name, r in table.items() if r.total or name == MAIN_ROW}
 
 
 def blobs(count: int, size: tuple[int, int], *, seed: int) -> np.ndarray:
@@ -282,7 +287,7 @@ def blobs(count: int, size: tuple[int, int], *, seed: int) -> np.ndarray:
     return np.asarray((smooth * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy())
 
 
-def make_checker(model: Model, vocabulary: Vocabulary | None = None) -> CLIPChecker:
+def make_checker(model: Model) -> CLIPChecker:
     """The model's independent judge as a checker over its vocabulary."""
     judge_model, tokenizer, processor = model.judge()
-    return CLIPChecker(judge_model, tokenizer, processor, vocabulary or model.vocabulary)
+    return CLIPChecker(judge_model, tokenizer, processor, model.vocabulary)

@@ -70,7 +70,8 @@ def test_stock_diffusers_draws_with_it_and_something_changed(erased_cat: ErasedC
 def test_load_checks_the_base(erased_cat: ErasedCat, tmp_path: Path) -> None:
     model = load_erased_text_encoder(erased_cat[0], base="mini", dtype=torch.float32)
     assert next(model.parameters()).dtype == torch.float32
-    assert next(load_erased_text_encoder(erased_cat[0]).parameters()).dtype == torch.float16
+    assert next(load_erased_text_encoder(erased_cat[0]).parameters()).dtype == torch.float32
+    assert next(load_erased_text_encoder(erased_cat[0], dtype=torch.float16).parameters()).dtype == torch.float16
     other = Path(shutil.copytree(WEIGHTS / "pipeline", tmp_path / "other"))
     weights = other / "text_encoder" / "model.safetensors"
     state = load_file(weights)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -39,6 +37,7 @@ def last_line(text: str) -> str:
         (["--concept", "cat", "--preserve", "kitten"], "'kitten' is both"),
         (["--concept", "cat", "--anchor", "kitty"], "'kitty'"),
         (["--concept", "cat", "--concept", "dog", "--alias", "pet"], "--alias belongs to one concept"),
+        (["--concept", "cat", "--preserve", ""], "preserved word is empty"),
         (["--concept", "cat", "--device", "warp"], "device 'warp' cannot be used"),
         (["--concept", "cat", "--method", "nullspace", "--steps", "5"], "no setting 'steps'"),
         ([], "Missing option '--concept'"),
@@ -154,7 +153,7 @@ def test_own_images_are_used_and_bad_ones_counted(tmp_path: Path) -> None:
     run = run_cli(*arguments, cwd=tmp_path)
     assert run.code == 0, run.err
     record = json.loads(run.out)
-    assert record["prompts"]["skipped_files"] == 1
+    assert record["own_images"] == {"forget": 6, "retain": None, "skipped_files": 1}
     assert record["verification"] == []
     assert "not verified" in (tmp_path / "out" / "README.md").read_text()
 
@@ -162,32 +161,26 @@ def test_own_images_are_used_and_bad_ones_counted(tmp_path: Path) -> None:
 def test_ctrl_c_during_training_is_clean(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "from erase_diffusion.cli import erase_concept; erase_concept()"]
     command += ["--concept", "cat", "--no-verify", "--steps", "100000", "--output", "out"]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    # A fixed wait would test the wait: look for the training to have begun.
-    deadline = time.monotonic() + 120
-    os.set_blocking(process.stderr.fileno(), False)  # type: ignore[union-attr]
-    seen = ""
-    while "erasing" not in seen and time.monotonic() < deadline and process.poll() is None:
-        seen += process.stderr.read() or ""  # type: ignore[union-attr]
-        time.sleep(0.2)
-    assert "erasing" in seen, seen
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=30) == 130
-    rest = process.stderr.read() or ""  # type: ignore[union-attr]
-    assert "interrupted; nothing was written" in seen + rest
-    assert "Traceback" not in seen + rest
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    assert process.stderr is not None
+    seen = []
+    for line in process.stderr:  # a fixed wait would test the wait: the training says that it has begun
+        seen.append(line)
+        if "erasing" in line:
+            process.send_signal(signal.SIGINT)
+            break
+    seen += process.stderr.readlines()
+    assert process.wait(timeout=60) == 130, seen
+    assert "interrupted; nothing was written" in seen[-1]
+    assert "Traceback" not in "".join(seen)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_help_is_instant_and_shows_an_example(tmp_path: Path) -> None:
-    times = []
-    for _ in range(3):
-        started = time.monotonic()
-        run = run_cli("--help", cwd=tmp_path)
-        times.append(time.monotonic() - started)
+def test_help_shows_an_example_and_never_waits_for_torch(tmp_path: Path) -> None:
+    run = run_cli("--help", cwd=tmp_path)
     assert run.code == 0
     assert "erase-concept --concept cat --model mini" in run.out
-    # No timing is asserted on a shared machine; what makes it slow is asserted instead.
+    # No timing is asserted on a shared machine; what would make it slow is.
     probe = "import sys; import erase_diffusion.cli; print('torch' in sys.modules, 'diffusers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.split() == ["False", "False"]

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import random
 
 import pytest
 
-from erase_diffusion.concepts import Concept, PromptSets, PromptWriter, article, normalise, preserved, resolve_concept
+from erase_diffusion.concepts import (
+    Concept,
+    PromptSets,
+    PromptWriter,
+    article,
+    normalise,
+    preserved,
+    resolve_concept,
+    says,
+)
 from erase_diffusion.errors import ConfigError
 from erase_diffusion.mini.vocabulary import vocabulary
+from erase_diffusion.mini.world import is_held_out
 from erase_diffusion.photographs import PHOTOGRAPHS
 
 V = vocabulary()
@@ -125,12 +134,56 @@ def test_prompts_are_deterministic_in_the_seed() -> None:
 
 
 @pytest.mark.parametrize("concept", CONCEPTS, ids=lambda c: c.name)
-def test_calibration_prompts_of_both_sorts(concept: Concept) -> None:
-    w = writer(concept)
-    rng = random.Random(0)
-    others, empty = w.negative_prompts(rng, 10)
-    assert len(w.calibration_prompts(rng, 10)) == len(others) == len(empty) == 10
-    assert not any(concept.name.lower() in normalise(p).split() for p in (*others, *empty))
+def test_calibration_prompts_of_each_sort(concept: Concept) -> None:
+    named, others, empty = writer(concept).calibration_prompts(10)
+    assert len(named) == len(others) == len(empty) == 10
+    assert not any(says(p, concept.name) for p in (*others, *empty))
+
+
+@pytest.mark.parametrize("concept", CONCEPTS, ids=lambda c: c.name)
+def test_what_is_erased_is_not_asked_to_stay(concept: Concept) -> None:
+    prompts = writer(concept).verification_prompts(24)
+    for p in prompts:
+        if p.group != "two-object":
+            assert concept.name not in (p.style, p.attribute)
+    # Control: what stands around it is.
+    assert any(p.attribute for p in prompts)
+    assert any(p.place for p in prompts)
+
+
+def test_training_and_verification_use_their_side_of_the_combinations() -> None:
+    w = writer(CONCEPTS[0])
+    cells = [(p.things[0], p.attribute, p.place) for p in w.verification_prompts(48) if p.attribute and p.place]
+    assert len(cells) > 20
+    assert all(is_held_out(*cell) for cell in cells)
+    for prompt, _ in w.training_sets(200, 10).forget:
+        for colour in V.attributes:
+            for place, phrases in V.places.items():
+                if f"{colour} cat" in prompt and any(prompt.endswith(x) for x in phrases) and "left" not in prompt:
+                    assert not is_held_out("cat", colour, place) or " and " in prompt or "next" in prompt, prompt
+
+
+def test_a_concept_without_alias_is_asked_twice_as_often() -> None:
+    def asked(concept: Concept) -> int:
+        return sum(p.group in ("named", "synonym") for p in writer(concept).verification_prompts(24))
+
+    assert asked(Concept("apple", anchor="orange")) == asked(Concept("cat", anchor="dog")) == 48
+
+
+def test_preserved_words_are_found_in_the_vocabulary() -> None:
+    concept = resolve_concept(Concept("cat"), V)
+    assert preserved(concept, V, ["Automobile", "dog"]) == {"car": V.objects["car"], "dog": V.objects["dog"]}
+    assert "car" in preserved(concept, V, ["watercolour"])  # a style is held in any case
+    assert preserved(concept, V, ["unicorn"]) == {"unicorn": ("unicorn",)}
+    assert "dog" not in preserved(concept, V, (), ["dog"])
+    with pytest.raises(ConfigError, match="empty"):
+        preserved(concept, V, [""])
+
+
+def test_a_known_word_is_spelt_as_the_vocabulary_does() -> None:
+    assert resolve_concept(Concept("CAT"), V).name == "cat"
+    assert resolve_concept(Concept("zibby", "character"), V).name == "Zibby"
+    assert resolve_concept(Concept("Godzilla", "character"), V).name == "Godzilla"
 
 
 def test_sets_must_not_be_empty() -> None:

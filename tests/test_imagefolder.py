@@ -37,6 +37,13 @@ def test_without_metadata_the_default_caption_stands(tmp_path: Path) -> None:
     assert [c for c, _ in read_image_folder(folder, default_caption="a cat").items] == ["a cat", "a cat"]
 
 
+def test_captions_can_be_compulsory(tmp_path: Path) -> None:
+    folder = make(tmp_path / "f", [])
+    (folder / "metadata.jsonl").unlink()
+    with pytest.raises(DataError, match="need captions"):
+        read_image_folder(folder, default_caption=None)
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

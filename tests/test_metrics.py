@@ -14,8 +14,8 @@ from erase_diffusion.metrics import (
     Rate,
     Verdict,
     conclude,
+    damaged,
     images_for_upper_bound,
-    is_preserved,
     kept,
     rate,
     wilson,
@@ -53,30 +53,55 @@ def test_images_for_upper_bound_is_the_smallest_number_that_does() -> None:
     assert wilson(0, n)[1] <= 0.05 < wilson(0, n - 1)[1]
 
 
-GOOD = dict(before=Rate(95, 96), asked=Rate(0, 96), described=Rate(0, 48), kept_rate=Rate(95, 96), drift=20.0)
+def groups(**after: Rate) -> dict[str, tuple[Rate, Rate]]:
+    found = {"named": Rate(0, 48), "synonym": Rate(0, 48), "described": Rate(0, 48), "two-object": Rate(0, 48)} | after
+    return {g: (Rate(a.total - 1, a.total), a) for g, a in found.items() if a.total}
+
+
+KEPT = {"preserved concepts": Rate(95, 96), "place of an erased prompt": Rate(40, 42)}
 
 
 @pytest.mark.parametrize(
-    ("change", "verdict"),
+    ("after", "verdict"),
     [
         ({}, "removed"),
-        ({"described": None}, "removed"),
-        ({"asked": Rate(0, 20)}, "inconclusive"),
-        ({"asked": Rate(2, 96)}, "inconclusive"),
-        ({"asked": Rate(20, 96)}, "partly removed"),
+        ({"described": Rate(0, 0)}, "removed"),
+        ({"synonym": Rate(0, 0), "named": Rate(0, 96)}, "removed"),
+        ({"named": Rate(0, 20), "synonym": Rate(0, 0)}, "inconclusive"),
+        ({"synonym": Rate(2, 48)}, "inconclusive"),
+        ({"synonym": Rate(20, 48)}, "partly removed"),
         ({"described": Rate(20, 48)}, "partly removed"),
+        ({"two-object": Rate(40, 48)}, "partly removed"),
         ({"described": Rate(0, 10)}, "inconclusive"),
-        ({"asked": Rate(90, 96)}, "not removed"),
-        ({"asked": Rate(60, 96)}, "not removed"),
-        ({"kept_rate": Rate(5, 96)}, "collapsed"),
-        ({"drift": 0.1}, "no effect"),
-        ({"before": Rate(40, 96)}, "inconclusive"),
+        ({"named": Rate(200, 400), "synonym": Rate(30, 400)}, "partly removed"),
+        ({"named": Rate(47, 48), "synonym": Rate(46, 48)}, "not removed"),
+        ({"named": Rate(30, 48), "synonym": Rate(34, 48)}, "not removed"),
     ],
 )
-def test_verdict_follows_the_intervals(change: dict[str, object], verdict: Verdict) -> None:
-    got, rule = conclude(**(GOOD | change), limits=Limits())  # type: ignore[arg-type]
-    assert got == verdict
+def test_verdict_follows_the_intervals(after: dict[str, Rate], verdict: Verdict) -> None:
+    got, rule = conclude(groups(**after), KEPT, Rate(96, 96), Limits())
+    assert got == verdict, rule
     assert rule
+
+
+def test_a_model_that_draws_nothing_has_collapsed_and_one_that_draws_the_same_has_no_effect() -> None:
+    assert conclude(groups(), KEPT | {"preserved concepts": Rate(5, 96)}, Rate(96, 96), Limits())[0] == "collapsed"
+    assert conclude(groups(), KEPT, Rate(0, 96), Limits())[0] == "no effect"
+    assert conclude(groups(), KEPT, Rate(3, 96), Limits())[0] == "removed"
+
+
+def test_what_was_never_there_proves_nothing() -> None:
+    absent = {g: (Rate(10, 48), a) for g, (_, a) in groups().items()}
+    assert conclude(absent, KEPT, Rate(96, 96), Limits())[0] == "inconclusive"
+    seldom = groups() | {"described": (Rate(5, 48), Rate(20, 48))}
+    verdict, rule = conclude(seldom, KEPT, Rate(96, 96), Limits())
+    assert verdict == "removed"
+    assert "not judged, since the original shows it too seldom: described" in rule
+
+
+def test_a_sixty_to_fifty_six_is_no_partial_removal() -> None:
+    found = {"named": (Rate(66, 96), Rate(50, 96))}
+    assert conclude(found, KEPT, Rate(96, 96), Limits())[0] == "not removed"
 
 
 def test_only_removed_exits_with_zero() -> None:
@@ -84,7 +109,10 @@ def test_only_removed_exits_with_zero() -> None:
     assert len(set(EXIT_CODES.values())) == len(EXIT_CODES)
 
 
-def test_preserved_needs_the_lower_end() -> None:
-    assert is_preserved(Rate(96, 96), Limits())
-    assert not is_preserved(Rate(9, 10), Limits())  # 90 %, but ten images prove nothing
-    assert not is_preserved(Rate(0, 0), Limits())
+def test_every_row_of_what_must_stay_counts() -> None:
+    assert damaged(KEPT, Limits()) == []
+    # 90 %, but ten pictures prove nothing.
+    assert damaged(KEPT | {"preserved concepts": Rate(9, 10)}, Limits()) == ["preserved concepts"]
+    assert damaged(KEPT | {"place of an erased prompt": Rate(20, 42)}, Limits()) == ["place of an erased prompt"]
+    assert damaged(KEPT | {"place of an erased prompt": Rate(2, 5)}, Limits()) == []  # too few to judge
+    assert damaged({"preserved concepts": Rate(0, 0)}, Limits()) == ["preserved concepts"]

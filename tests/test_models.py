@@ -121,6 +121,42 @@ def test_stock_diffusers_loads_mini_and_its_text_tower_is_the_clips(encoder: Tex
     assert isinstance(pipe.text_encoder, CLIPTextModel)
 
 
+def test_a_folder_finds_its_companions_by_the_encoders_width(folder: Path) -> None:
+    model = Model(str(folder))
+    assert model.spec.judge == MODELS["mini"].judge
+    assert model.paired_text_encoder(model.clip()[0]).projection is not None
+    config = folder / "text_encoder" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"hidden_size": 131}))
+    with pytest.raises(ModelError, match="hidden size 131"):
+        Model(str(folder))
+
+
+def test_a_clip_that_is_not_the_encoders_is_refused(folder: Path) -> None:
+    weights = folder / "text_encoder" / "model.safetensors"
+    state = load_file(weights)
+    save_file(
+        {k: torch.randn_like(v.float()).to(v.dtype) for k, v in state.items()}, weights, metadata={"format": "pt"}
+    )
+    model = Model(str(folder))
+    with pytest.raises(ModelError, match="is not the text tower of"):
+        model.paired_text_encoder(model.clip()[0])
+
+
+def test_a_missing_tokenizer_is_an_error_not_an_empty_one(folder: Path) -> None:
+    for file in ("tokenizer.json", "vocab.json", "merges.txt"):
+        (folder / "tokenizer" / file).unlink()
+    with pytest.raises(ModelError, match="tokenizer"):
+        Model(str(folder)).text_encoder()
+
+
+@pytest.mark.parametrize("scheduler", [None, ["diffusers", "NoSuchScheduler"], "x"])
+def test_a_strange_scheduler_is_named(folder: Path, scheduler: object) -> None:
+    index = json.loads((folder / "model_index.json").read_text()) | {"scheduler": scheduler}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelError, match="no scheduler"):
+        Model(str(folder)).painter()
+
+
 @pytest.mark.skipif(not LAYOUTS.exists(), reason="the published layouts are not at hand")
 @pytest.mark.parametrize("name", ["sd-1.5", "sd-2.1"])
 def test_a_published_layout_with_random_weights_is_read_at_the_right_place(name: str, tmp_path: Path) -> None:

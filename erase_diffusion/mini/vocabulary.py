@@ -6,7 +6,7 @@ from pathlib import Path
 
 from erase_diffusion.concepts import Vocabulary
 from erase_diffusion.mini.captions import EMPTY_TEMPLATES, RELATION_PHRASES, SUBJECT_TEMPLATES
-from erase_diffusion.mini.world import CHARACTER, COLOURS, OBJECTS, PLACES, STYLES
+from erase_diffusion.mini.world import CHARACTER, COLOURS, OBJECTS, PLACES, STYLES, is_held_out
 
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -26,5 +26,6 @@ def vocabulary() -> Vocabulary:
         templates=SUBJECT_TEMPLATES["train"],
         held_out_templates=SUBJECT_TEMPLATES["test"],
         empty_templates=EMPTY_TEMPLATES["train"],
+        is_held_out=is_held_out,
         relations=tuple(phrase for phrases in RELATION_PHRASES.values() for phrase in phrases),
     )

@@ -29,7 +29,7 @@ from diffusers import StableDiffusionPipeline
 from transformers import CLIPTextModel
 
 text_encoder = CLIPTextModel.from_pretrained("THIS_FOLDER", subfolder="text_encoder")
-pipe = StableDiffusionPipeline.from_pretrained("{{ record.source.model }}", text_encoder=text_encoder)
+pipe = StableDiffusionPipeline.from_pretrained("{{ record.source.load_from }}", text_encoder=text_encoder)
 ```
 
 With erase-diffusion, `load_erased_text_encoder("THIS_FOLDER", base="{{ record.source.model }}")` also checks
