@@ -25,7 +25,8 @@ Examples:
   erase-concept --concept cat --alias "tabby" --anchor dog --preserve dog --preserve car --json
 
 \b
-Exit codes: 0 removed and the rest preserved; 1 an error; 2 bad usage; 10 partly removed; 11 not removed;
+Exit codes: 0 removed and the rest preserved (with --no-verify: erased, and nothing claimed);
+1 an error; 2 bad usage; 10 partly removed; 11 not removed;
 12 collapsed; 13 no effect; 14 inconclusive; 15 removed, but the rest is not proven preserved; 130 interrupted.
 """
 
@@ -80,7 +81,7 @@ def _one_line(error: BaseException) -> str:
 @click.option("--method", default=None, help="cliperase (default) or nullspace.")
 @click.option("--strength", type=float, help="From 0, the encoder as it is, to 1, the whole way. [default: 1]")
 @click.option("--steps", type=int, help="Training steps at most, for methods that train.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True)
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, mps, …")
 @click.option(
     "--dtype",
@@ -110,7 +111,7 @@ def _one_line(error: BaseException) -> str:
     "--images",
     "images_per_group",
     type=click.IntRange(8, 2000),
-    default=48,
+    default=40,
     show_default=True,
     help="Pictures drawn for each group of the verification.",
 )

@@ -148,7 +148,7 @@ def erase_concept(
     retain_images: str | Path | None = None,
     skip_bad: bool = False,
     verify: bool = True,
-    images_per_group: int = 48,
+    images_per_group: int = 40,
     limits: Limits | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> ErasedConcept:

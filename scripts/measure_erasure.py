@@ -77,7 +77,7 @@ def shown(value: Any) -> str:
 @click.option("--model", default="mini", show_default=True)
 @click.option("--images", default=200, show_default=True, help="Pictures for each group and each encoder.")
 @click.option("--seed", default=0, show_default=True)
-@click.option("--threads", type=int, help="CPU threads.")
+@click.option("--threads", default=2, show_default=True, help="CPU threads; the bars are for two.")
 @click.option("--output", type=click.Path(path_type=Path), help="Where to keep the figures as JSON.")
 def main(
     concepts: tuple[str, ...],
@@ -86,13 +86,16 @@ def main(
     model: str,
     images: int,
     seed: int,
-    threads: int | None,
+    threads: int,
     output: Path | None,
 ) -> None:
-    if threads:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(threads)
     given = {k: json.loads(v) for k, v in (s.split("=", 1) for s in settings)}
-    rows: dict[str, dict[str, Any]] = json.loads(output.read_text()) if output and output.exists() else {}
+    asked = {"method": method, "settings": given, "model": model, "images": images, "seed": seed}
+    kept = json.loads(output.read_text()) if output and output.exists() else {"asked": asked, "rows": {}}
+    if kept["asked"] != asked:
+        raise click.UsageError(f"{output} holds figures of {kept['asked']}, not of {asked}; choose another --output")
+    rows: dict[str, dict[str, Any]] = kept["rows"]
     for text in concepts:
         if text in rows:
             continue
@@ -110,7 +113,7 @@ def main(
         click.echo(f"{text}: {rows[text]} ({time.perf_counter() - started:.0f} s in all)", err=True)
         if output:
             output.parent.mkdir(parents=True, exist_ok=True)
-            output.with_suffix(".tmp").write_text(json.dumps(rows, indent=1, ensure_ascii=False))
+            output.with_suffix(".tmp").write_text(json.dumps(kept, indent=1, ensure_ascii=False))
             os.replace(output.with_suffix(".tmp"), output)
     names = ["before", *COLUMNS, "anchor", "verdict"]
     click.echo(f"| {method} | " + " | ".join(names) + " |\n|" + "---|" * (len(names) + 1))

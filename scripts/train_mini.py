@@ -326,8 +326,21 @@ def train_clip(stage: str, work: Path, minutes: float, device: str) -> None:
     mean = torch.tensor(CLIPImageProcessor().image_mean, device=device).view(1, 3, 1, 1)
     std = torch.tensor(CLIPImageProcessor().image_std, device=device).view(1, 3, 1, 1)
 
+    shown = np.array([sum(1 << NAMES.index(t.name) for t in s.things) for s in scenes])
+    shown[:malformed] = 0
+
+    def sample(rng: random.Random) -> list[int]:
+        """Every other batch is of a few things only: to tell its pairs apart, both of a pair must be seen and read."""
+        size = int(settings["batch"])
+        if stage == "clip" or rng.random() < 0.5:
+            return [rng.randrange(IMAGES) for _ in range(size)]
+        few = sum(1 << i for i in rng.sample(range(len(NAMES)), 5))
+        pairs = np.flatnonzero((shown > 0) & (shown & ~few == 0) & (shown & (shown - 1) > 0)).tolist()
+        alone = np.flatnonzero((shown > 0) & (shown & ~few == 0)).tolist()
+        return rng.sample(pairs, size // 2) + rng.sample(alone, size - size // 2)
+
     def loss(rng: random.Random) -> dict[str, torch.Tensor]:
-        index = [rng.randrange(IMAGES) for _ in range(int(settings["batch"]))]
+        index = sample(rng)
         pixels = pictures[index].to(device).float() / 255
         # A shade lighter or darker: generated pictures are never quite the drawn ones.
         shade = 1 + 0.1 * torch.randn(len(index), 1, 1, 1, device=device)
@@ -493,9 +506,12 @@ def train_unet(work: Path, minutes: float, device: str) -> None:
         texts = ["" if rng.random() < 0.1 else caption(scenes[i], rng) for i in index]
         with torch.no_grad():
             context = text(tokenize(tokenizer, texts, device)).last_hidden_state
-        # One time from each of as many equal strata: less variance than independent draws.
+        # Half of the times one from each of as many equal strata (less variance than independent draws), half from
+        # the middle, where what is drawn takes its shape.
         n = len(index)
-        t = ((torch.arange(n, device=device) + torch.rand(n, device=device)) / n * 1000).long().clamp(0, 999)
+        even = (torch.arange(n, device=device) + torch.rand(n, device=device)) / n
+        middle = torch.sigmoid(torch.randn(n, device=device))
+        t = (torch.where(torch.rand(n, device=device) < 0.5, even, middle) * 1000).long().clamp(0, 999)
         a, s = alphas[t].sqrt().view(-1, 1, 1, 1), (1 - alphas[t]).sqrt().view(-1, 1, 1, 1)
         noise = torch.randn_like(x)
         with autocast(device, cpu=True):

@@ -21,31 +21,30 @@ from erase_diffusion.mini.vocabulary import WEIGHTS
 from erase_diffusion.report.model_card import model_card
 from erase_diffusion.text_encoder import TextEncoder
 
-ErasedCat = tuple[Path, Run, dict[str, Any]]
+DropIn = tuple[Path, Run, dict[str, Any]]
 
 
 @pytest.fixture
-def copy(erased_cat: ErasedCat, tmp_path: Path) -> Path:
+def copy(drop_in: DropIn, tmp_path: Path) -> Path:
     """A copy of the erased folder that a test may damage."""
-    return Path(shutil.copytree(erased_cat[0], tmp_path / "copy"))
+    return Path(shutil.copytree(drop_in[0], tmp_path / "copy"))
 
 
-def test_the_folder_is_complete(erased_cat: ErasedCat) -> None:
-    folder = erased_cat[0]
+def test_the_folder_is_complete(drop_in: DropIn) -> None:
+    folder = drop_in[0]
     files = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
     assert {
         "text_encoder/config.json",
         "text_encoder/model.safetensors",
         "erasure.json",
         "README.md",
-        "before-after.png",
     } <= files
     assert {"tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer/tokenizer_config.json"} <= files
 
 
-def test_keys_and_dtype_are_the_published_ones(erased_cat: ErasedCat) -> None:
+def test_keys_and_dtype_are_the_published_ones(drop_in: DropIn) -> None:
     source = load_file(WEIGHTS / "pipeline" / "text_encoder" / "model.safetensors")
-    with safe_open(erased_cat[0] / "text_encoder" / "model.safetensors", framework="pt") as erased:
+    with safe_open(drop_in[0] / "text_encoder" / "model.safetensors", framework="pt") as erased:
         assert set(erased.keys()) == set(source)
         assert erased.metadata() == {"format": "pt"}
         for key in erased.keys():  # noqa: SIM118 - not a dict
@@ -53,11 +52,11 @@ def test_keys_and_dtype_are_the_published_ones(erased_cat: ErasedCat) -> None:
             assert erased.get_tensor(key).shape == source[key].shape
 
 
-def test_stock_diffusers_draws_with_it_and_something_changed(erased_cat: ErasedCat) -> None:
+def test_stock_diffusers_draws_with_it_and_something_changed(drop_in: DropIn) -> None:
     from diffusers import StableDiffusionPipeline
     from transformers import CLIPTextModel
 
-    erased = CLIPTextModel.from_pretrained(erased_cat[0], subfolder="text_encoder", dtype=torch.float32)
+    erased = CLIPTextModel.from_pretrained(drop_in[0], subfolder="text_encoder", dtype=torch.float32)
     images = []
     for options in ({}, {"text_encoder": erased}):
         pipe = StableDiffusionPipeline.from_pretrained(WEIGHTS / "pipeline", torch_dtype=torch.float32, **options)
@@ -67,18 +66,18 @@ def test_stock_diffusers_draws_with_it_and_something_changed(erased_cat: ErasedC
     assert abs(images[0] - images[1]).max() > 0.1
 
 
-def test_load_checks_the_base(erased_cat: ErasedCat, tmp_path: Path) -> None:
-    model = load_erased_text_encoder(erased_cat[0], base="mini", dtype=torch.float32)
+def test_load_checks_the_base(drop_in: DropIn, tmp_path: Path) -> None:
+    model = load_erased_text_encoder(drop_in[0], base="mini", dtype=torch.float32)
     assert next(model.parameters()).dtype == torch.float32
-    assert next(load_erased_text_encoder(erased_cat[0]).parameters()).dtype == torch.float32
-    assert next(load_erased_text_encoder(erased_cat[0], dtype=torch.float16).parameters()).dtype == torch.float16
+    assert next(load_erased_text_encoder(drop_in[0]).parameters()).dtype == torch.float32
+    assert next(load_erased_text_encoder(drop_in[0], dtype=torch.float16).parameters()).dtype == torch.float16
     other = Path(shutil.copytree(WEIGHTS / "pipeline", tmp_path / "other"))
     weights = other / "text_encoder" / "model.safetensors"
     state = load_file(weights)
     state["text_model.final_layer_norm.bias"] += 0.5
     save_file(state, weights, metadata={"format": "pt"})
     with pytest.raises(ModelError, match="was erased from 'mini'"):
-        load_erased_text_encoder(erased_cat[0], base=str(other))
+        load_erased_text_encoder(drop_in[0], base=str(other))
 
 
 def test_changed_weights_are_noticed(copy: Path) -> None:
@@ -133,18 +132,18 @@ def test_a_parent_that_is_a_file_is_said_before_the_work(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("existing", [False, True])
 def test_a_full_disk_leaves_nothing_half_written(
-    erased_cat: ErasedCat, encoder: TextEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, existing: bool
+    drop_in: DropIn, encoder: TextEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, existing: bool
 ) -> None:
     target = tmp_path / "out"
     if existing:
-        shutil.copytree(erased_cat[0], target)
+        shutil.copytree(drop_in[0], target)
     before = sorted(p.name for p in tmp_path.iterdir())
 
     def full(*_args: object, **_kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(artifact, "save_file", full)
-    record = erased_cat[2]
+    record = drop_in[2]
     with pytest.raises(OutputError, match=r"No space left on device.*nothing was left behind"):
         save_drop_in(target, encoder, record, model_card(record), None, overwrite=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == before
@@ -152,17 +151,17 @@ def test_a_full_disk_leaves_nothing_half_written(
         load_erased_text_encoder(target)  # the old one is still whole
 
 
-def test_broken_weights_are_not_saved(erased_cat: ErasedCat, encoder: TextEncoder, tmp_path: Path) -> None:
+def test_broken_weights_are_not_saved(drop_in: DropIn, encoder: TextEncoder, tmp_path: Path) -> None:
     broken = encoder.copy()
     with torch.no_grad():
         broken.transformer.final_layer_norm.bias[0] = float("inf")
     with pytest.raises(ModelError, match="NaN or infinite"):
-        save_drop_in(tmp_path / "out", broken, erased_cat[2], "", None, overwrite=False)
+        save_drop_in(tmp_path / "out", broken, drop_in[2], "", None, overwrite=False)
     assert not (tmp_path / "out").exists()
 
 
-def test_the_card_escapes_what_the_user_wrote(erased_cat: ErasedCat) -> None:
-    record = json.loads(json.dumps(erased_cat[2]))
+def test_the_card_escapes_what_the_user_wrote(drop_in: DropIn) -> None:
+    record = json.loads(json.dumps(drop_in[2]))
     record["concepts"][0]["name"] = "<script>alert(1)</script>|`x`"
     card = model_card(record)
     assert "<script>" not in card

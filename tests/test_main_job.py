@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from conftest import Run
+from conftest import Run, draws_well
 from PIL import Image
 
 from erase_diffusion.artifact import load_erased_text_encoder
@@ -17,6 +17,7 @@ from erase_diffusion.models import Model
 from erase_diffusion.text_encoder import TextEncoder
 
 ErasedCat = tuple[Path, Run, dict[str, Any]]
+pytestmark = draws_well
 
 
 def test_the_cat_is_removed_and_the_exit_code_says_so(erased_cat: ErasedCat) -> None:
@@ -28,7 +29,7 @@ def test_the_cat_is_removed_and_the_exit_code_says_so(erased_cat: ErasedCat) -> 
     assert verification["found"]["named"]["before"]["low"] > 0.5  # control: it was there
     assert verification["found"]["named"]["after"]["rate"] < 0.1
     assert verification["kept"]["preserved concepts"]["rate"] > 0.9  # control: the rest is still there
-    assert verification["checker"]["false_alarms"]["rate"] <= 0.01
+    assert verification["checker"]["false_alarms"]["rate"] <= 0.05  # measured on pictures that set no threshold
 
 
 def test_progress_goes_to_stderr_and_results_to_stdout(erased_cat: ErasedCat) -> None:
@@ -43,6 +44,7 @@ def test_the_record_says_what_was_done(erased_cat: ErasedCat) -> None:
     folder, _, record = erased_cat
     on_disk = json.loads((folder / "erasure.json").read_text())
     assert {k: v for k, v in record.items() if k != "output"} == on_disk
+    assert on_disk["verification"][0]["images"]["judge_sha256"]
     concept = on_disk["concepts"][0]
     assert concept["name"] == "cat"
     assert set(concept["aliases"]) == {"kitten", "kitty"}

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Run
+from conftest import ROOT, Run, draws_well
 
 from erase_diffusion.erasers import ERASERS
 from erase_diffusion.mini.vocabulary import WEIGHTS
@@ -26,6 +26,7 @@ def test_ci_runs_the_readmes_test_command() -> None:
     assert command in (ROOT / ".ci" / "run").read_text()
 
 
+@draws_well
 def test_the_first_command_is_the_main_job(erased_cat: tuple[Path, Run, dict[str, object]]) -> None:
     command = blocks("bash")[0]
     assert "erase-concept --concept cat --model mini" in command
@@ -33,8 +34,8 @@ def test_the_first_command_is_the_main_job(erased_cat: tuple[Path, Run, dict[str
 
 
 @pytest.mark.parametrize("code", blocks("python"))
-def test_the_code_runs_as_it_stands(code: str, erased_cat: tuple[Path, Run, dict[str, object]], tmp_path: Path) -> None:
-    (tmp_path / "erased-cat").symlink_to(erased_cat[0])
+def test_the_code_runs_as_it_stands(code: str, drop_in: tuple[Path, Run, dict[str, object]], tmp_path: Path) -> None:
+    (tmp_path / "erased-cat").symlink_to(drop_in[0])
     code = code.replace("BASE", repr(str(WEIGHTS / "pipeline")))
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]

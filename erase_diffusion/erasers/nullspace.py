@@ -34,7 +34,7 @@ class NullspaceConfig:
     strength: float = 1.0
     retain: float = 10.0
     ridge: float = 1e-3
-    null: float = 1.0
+    null: float = 0.1
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.strength <= 1.0:
