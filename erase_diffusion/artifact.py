@@ -109,7 +109,8 @@ def _write(
     # transformers loads in the dtype that a config names and diffusers in float32: the two must agree, whatever
     # the weights are stored in. transformers 4 reads `torch_dtype`, 5 reads either.
     config["torch_dtype"] = "float32"
-    config.pop("dtype", None)
+    for private in ("dtype", "_name_or_path"):
+        config.pop(private, None)
     (target / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     try:
         save_file(state, target / "model.safetensors", metadata={"format": "pt"})

@@ -547,12 +547,14 @@ def pack(work: Path, output: Path) -> None:
             temporary / name
         )
         save_tokenizer(work, tokenizer, temporary / name)
-    for part in ("pipeline/text_encoder", "clip", "judge"):
+    for file in temporary.rglob("config.json"):
         # transformers loads in the dtype that a config names, diffusers in float32: the two must agree.
-        config = json.loads((temporary / part / "config.json").read_text())
-        (temporary / part / "config.json").write_text(json.dumps(config | {"dtype": "float32"}, indent=2) + "\n")
-    for file in output.glob("README.md"):
-        shutil.copy(file, temporary / file.name)
+        config = json.loads(file.read_text()) | ({"dtype": "float32"} if "model_type" in file.read_text() else {})
+        config.pop("_name_or_path", None)
+        file.write_text(json.dumps(config, indent=2) + "\n")
+    for name in ("README.md", "quality.json"):
+        if (output / name).exists():
+            shutil.copy(output / name, temporary / name)
     shutil.rmtree(output, ignore_errors=True)
     os.replace(temporary, output)
     total = sum(f.stat().st_size for f in output.rglob("*") if f.is_file())

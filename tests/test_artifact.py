@@ -66,6 +66,11 @@ def test_stock_diffusers_draws_with_it_and_something_changed(drop_in: DropIn) ->
     assert abs(images[0] - images[1]).max() > 0.1
 
 
+def test_the_config_names_no_path_of_this_machine(drop_in: DropIn) -> None:
+    for file in ("text_encoder/config.json", "erasure.json", "README.md", "tokenizer/tokenizer_config.json"):
+        assert str(Path(WEIGHTS).parent.parent.parent) not in (drop_in[0] / file).read_text(), file
+
+
 def test_load_checks_the_base(drop_in: DropIn, tmp_path: Path) -> None:
     model = load_erased_text_encoder(drop_in[0], base="mini", dtype=torch.float32)
     assert next(model.parameters()).dtype == torch.float32
