@@ -8,6 +8,8 @@
     python scripts/train_mini.py --work runs/mini --stage decoder --minutes 20
     python scripts/train_mini.py --work runs/mini --stage pack
 
+`--stage unpack` lays the packed components into an empty work folder; the stages then go on from those.
+
 Each stage goes on from its checkpoint when it is started again, and ends after --minutes (all its runs
 together) or at its number of steps: the learning rate falls with whichever is further along. Losses go to
 `<work>/<stage>.csv`. The judge sees another draw of the world than the generator's CLIP, and drawings only.
@@ -25,6 +27,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -190,6 +193,18 @@ def make_clip(tokenizer: CLIPTokenizer, text: dict[str, int], vision: dict[str, 
     return CLIPModel(config)
 
 
+def start(cls: Any, folder: Path, make: Callable[[], Any]) -> Any:
+    """The component that lies in the work folder (from `unpack`, or an earlier run), else one with random weights."""
+    return cls.from_pretrained(folder, torch_dtype=torch.float32) if (folder / "config.json").exists() else make()
+
+
+def unpack(work: Path, packed: Path) -> None:
+    """Copy packed components into the work folder, so that training goes on from them."""
+    parts = {"tokenizer": "pipeline/tokenizer", "vae": "pipeline/vae", "unet": "pipeline/unet"}
+    for name, part in (parts | {"clip": "clip", "judge": "judge"}).items():
+        shutil.copytree(packed / part, work / name)
+
+
 class Run:
     """One stage's step counter, clock, learning rate, log and checkpoint."""
 
@@ -312,7 +327,7 @@ def train_clip(stage: str, work: Path, minutes: float, device: str) -> None:
         model.text_model.requires_grad_(False)
     else:
         sizes = (TEXT, VISION, 128) if stage == "clip" else (JUDGE_TEXT, JUDGE_VISION, 96)
-        model = make_clip(tokenizer, *sizes).to(device)
+        model = start(CLIPModel, work / stage, lambda: make_clip(tokenizer, *sizes)).to(device)
     # From captions alone a small ViT learns shapes very slowly (half of the objects after 2,000 steps). Two heads
     # that say what covers each patch, thrown away afterwards, teach it where to look.
     width = model.config.vision_config.hidden_size
@@ -407,7 +422,7 @@ def train_vae(stage: str, work: Path, minutes: float, device: str) -> None:
         vae.encoder.requires_grad_(False)
         vae.quant_conv.requires_grad_(False)
     else:
-        vae = make_vae().to(device)
+        vae = start(AutoencoderKL, work / "vae", make_vae).to(device)
     run = Run(stage, work, minutes, vae)
     _, pictures, _ = draw_many(IMAGES, int(settings["seed"]))
 
@@ -482,7 +497,8 @@ def train_unet(work: Path, minutes: float, device: str) -> None:
     tokenizer = load_tokenizer(work)
     text = CLIPTextModel.from_pretrained(work / "clip").to(device).eval().requires_grad_(False)
     vae = AutoencoderKL.from_pretrained(work / "vae").to(device).eval()
-    unet, ema = (make_unet().to(device, memory_format=torch.channels_last) for _ in range(2))
+    unet, ema = (start(UNet2DConditionModel, work / "unet", make_unet) for _ in range(2))
+    unet, ema = (m.to(device, memory_format=torch.channels_last) for m in (unet, ema))
     share = int(settings["batch"]) // int(os.environ.get("WORLD_SIZE", 1))
     ema.load_state_dict(unet.state_dict())
     run = Run("unet", work, minutes, unet, ema.requires_grad_(False))
@@ -552,9 +568,9 @@ def pack(work: Path, output: Path) -> None:
         config = json.loads(file.read_text()) | ({"dtype": "float32"} if "model_type" in file.read_text() else {})
         config.pop("_name_or_path", None)
         file.write_text(json.dumps(config, indent=2) + "\n")
-    for name in ("README.md", "quality.json"):
-        if (output / name).exists():
-            shutil.copy(output / name, temporary / name)
+    # Not its quality.json: other weights have other figures.
+    if (output / "README.md").exists():
+        shutil.copy(output / "README.md", temporary / "README.md")
     shutil.rmtree(output, ignore_errors=True)
     os.replace(temporary, output)
     total = sum(f.stat().st_size for f in output.rglob("*") if f.is_file())
@@ -562,7 +578,7 @@ def pack(work: Path, output: Path) -> None:
 
 
 @click.command(help=__doc__, context_settings={"max_content_width": 110})
-@click.option("--stage", type=click.Choice([*STAGES, "pack"]), required=True)
+@click.option("--stage", type=click.Choice([*STAGES, "pack", "unpack"]), required=True)
 @click.option(
     "--work",
     type=click.Path(path_type=Path),
@@ -592,6 +608,8 @@ def main(stage: str, work: Path, minutes: float, device: str, threads: int | Non
         train_vae(stage, work, minutes, device)
     elif stage == "unet":
         train_unet(work, minutes, device)
+    elif stage == "unpack":
+        unpack(work, output)
     else:
         pack(work, output)
 
