@@ -1,9 +1,9 @@
 """Train the embedded model: tokenizer, CLIP, judge, VAE, UNet, then pack them as a stock diffusers repo.
 
-    python scripts/train_mini.py --work runs/mini --stage clip --minutes 12
-    python scripts/train_mini.py --work runs/mini --stage judge --minutes 12
+    python scripts/train_mini.py --work runs/mini --stage clip --minutes 40
+    python scripts/train_mini.py --work runs/mini --stage judge --minutes 85
     python scripts/train_mini.py --work runs/mini --stage vae --minutes 40
-    torchrun --nproc-per-node 4 scripts/train_mini.py --work runs/mini --stage unet --minutes 90 --threads 1
+    torchrun --nproc-per-node 4 scripts/train_mini.py --work runs/mini --stage unet --minutes 240 --threads 1
     python scripts/train_mini.py --work runs/mini --stage vision --minutes 20
     python scripts/train_mini.py --work runs/mini --stage decoder --minutes 20
     python scripts/train_mini.py --work runs/mini --stage pack
@@ -214,7 +214,11 @@ class Run:
         self.stage, self.minutes, self.module, self.ema = stage, minutes, module, ema
         self.steps, self.peak = int(STAGES[stage]["steps"]), STAGES[stage]["lr"]
         self.optimizer = torch.optim.AdamW(
-            [p for p in module.parameters() if p.requires_grad], lr=self.peak, betas=(0.9, 0.98), weight_decay=0.01
+            [p for p in module.parameters() if p.requires_grad],
+            lr=self.peak,
+            betas=(0.9, 0.98),
+            weight_decay=0.01,
+            fused=True,
         )
         self.path, self.log = work / f"{stage}.pt", work / f"{stage}.csv"
         self.step, self.seconds = 0, 0.0

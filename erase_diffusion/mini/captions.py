@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 
+from erase_diffusion.concepts import subject
 from erase_diffusion.mini.world import OBJECTS, PLACES, STYLES, Noun, Scene, Split, Thing, noun
 
 # {s}: the subject, {p}: the place with its preposition (may be empty), {y}: the style phrase.
@@ -53,13 +54,6 @@ RELATION_PHRASES: dict[str, tuple[str, ...]] = {
 }
 
 
-def article(phrase: str) -> str:
-    """The phrase with “a” or “an”, unless it brings its own determiner or is a name."""
-    if phrase.split()[0] in {"a", "an", "the", "what", "something"} or phrase[0].isupper():
-        return phrase
-    return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
-
-
 def misspell(word: str, rng: random.Random) -> str:
     """One slip of the finger: a letter dropped, doubled, or swapped with the next."""
     if len(word) < 3:
@@ -71,12 +65,8 @@ def misspell(word: str, rng: random.Random) -> str:
 
 
 def thing_phrase(thing: Thing, word: str, colour: bool) -> str:
-    """“a red cat”, “the moon wizard”, “a pet that purrs, in red”: `word` may be a whole description."""
-    if not colour or thing.colour is None:
-        return article(word)
-    if " " in word:
-        return f"{article(word)} coloured {thing.colour}"
-    return article(f"{thing.colour} {word}")
+    """“a red cat”, “the moon wizard”, “a pet that purrs coloured red”: `word` may be a whole description."""
+    return subject(word, thing.colour if colour else None)
 
 
 def _choose_word(entry: Noun, rng: random.Random, describe: bool) -> str:
@@ -122,17 +112,17 @@ def caption(scene: Scene, rng: random.Random, split: Split = "train", *, malform
             phrases.append(f"something {thing.colour}")
         else:
             phrases.append(thing_phrase(thing, word, say_colour))
-    subject = phrases[0]
+    said = phrases[0]
     if len(phrases) == 2:
         assert scene.relation is not None
         if rng.random() < 0.12:
             # Naming one of the two is true as well.
-            subject = rng.choice(phrases)
+            said = rng.choice(phrases)
         else:
-            subject = rng.choice(RELATION_PHRASES[scene.relation]).format(a=phrases[0], b=phrases[1])
+            said = rng.choice(RELATION_PHRASES[scene.relation]).format(a=phrases[0], b=phrases[1])
     there = " " + rng.choice(place.there) if say_place else ""
     template = rng.choice(SUBJECT_TEMPLATES[split])
-    return fill_template(template, rng, style.name if say_style else None, subject=subject, there=there)
+    return fill_template(template, rng, style.name if say_style else None, subject=said, there=there)
 
 
 def fill_template(

@@ -339,8 +339,8 @@ def _boxes(scene: Scene, rng: random.Random) -> list[tuple[float, float, float]]
     return [(x * _CANVAS, y * _CANVAS, side * _CANVAS) for (x, y), side in zip(spots, (a, b), strict=True)]
 
 
-# Fixed patterns of the paper, none finer than two latent cells (16 pixels): an f=8 decoder is the same
-# function in every cell, so from a flat latent it cannot draw a pattern that repeats with the cell.
+# Fixed patterns of the paper, none finer than 16 pixels: a decoder is the same function in every latent cell, so
+# from a flat latent it cannot draw a pattern that repeats with the cell.
 _yy, _xx = np.mgrid[0:SIZE, 0:SIZE]
 _GRID = (((_xx % 16) == 8) | ((_yy % 16) == 8))[..., None].astype(np.float32) * 0.4
 _EDGE = np.minimum(np.minimum(_xx, SIZE - 1 - _xx), np.minimum(_yy, SIZE - 1 - _yy))[..., None]
