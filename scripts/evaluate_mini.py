@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -107,9 +108,7 @@ def main(images: int, steps: int, guidance: float | None, model: str, output: Pa
     # The generator, by the judge.
     def generate(prompts: list[str], first_seed: int) -> np.ndarray:
         seeds = range(SEED + first_seed, SEED + first_seed + len(prompts))
-        with click.progressbar(
-            length=len(prompts), label=f"{len(prompts)} images", file=click.get_text_stream("stderr")
-        ) as bar:
+        with click.progressbar(length=len(prompts), label=f"{len(prompts)} images", file=sys.stderr) as bar:
             return draw(pipe, encoder, prompts, list(seeds), steps=steps, guidance=guidance, progress=bar.update)
 
     one = [sample_scene(rng, "test", things=1, name=list(OBJECTS)[i % len(OBJECTS)]) for i in range(images)]
