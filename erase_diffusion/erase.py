@@ -74,7 +74,7 @@ class ErasedConcept:
         pairs = [(p.group, p.text, b, a) for v in self.verifications for p, b, a in v.samples]
         names = ", ".join(c.name for c in self.concepts)
         verdicts = ", ".join(dict.fromkeys(v.verdict for v in self.verifications))
-        return before_after(pairs, title=f"{self.record['source']['model']}: “{names}” — {verdicts}")
+        return before_after(pairs, title=f"{self.record['source']['model']}: “{names}”: {verdicts}")
 
     def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Write the drop-in folder, whole or not at all. Raises OutputError."""

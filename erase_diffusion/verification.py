@@ -124,7 +124,7 @@ class Verifier:
         with_concept, others, empty = writer.calibration_prompts(images)
         early = max(1, self.model.spec.steps // 4)
         drawn = self.draw(self.original, [*with_concept, *others, *empty], "calibration", writer.seed, progress)
-        half = self.draw(self.original, with_concept[: images // 2], "half-drawn", writer.seed, progress, stop_at=early)
+        half = self.draw(self.original, others[: images // 2], "half-drawn", writer.seed, progress, stop_at=early)
         malformed = np.concatenate([half, blobs(images - len(half), drawn.shape[1:3], seed=writer.seed)])
         scores = self.presence(writer, self.checker.embed_images(np.concatenate([drawn, malformed]))).cpu().numpy()
         calibration = calibrate(scores[: len(with_concept)].tolist(), scores[len(with_concept) :].tolist())
