@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from erase_diffusion.errors import ModelError, OutputError
-from erase_diffusion.models import Model, check_weights, source_hash
+from erase_diffusion.models import Model, check_weights, read_json, source_hash
 from erase_diffusion.text_encoder import TextEncoder, weights_hash
 
 if TYPE_CHECKING:
@@ -147,15 +147,11 @@ def read_record(folder: Path) -> dict[str, Any]:
     Raises ModelError when it is missing, broken or of another version.
     """
     path = folder / "erasure.json"
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{folder} is no drop-in encoder: erasure.json is missing") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ModelError(f"{path} cannot be read: {error}") from error
-    if not isinstance(record, dict) or record.get("schema_version") != SCHEMA_VERSION:
-        found = record.get("schema_version") if isinstance(record, dict) else None
-        raise ModelError(f"{path} has schema version {found!r}, this program reads {SCHEMA_VERSION}")
+    record = read_json(path, "a drop-in encoder")
+    if record.get("schema_version") != SCHEMA_VERSION:
+        raise ModelError(
+            f"{path} has schema version {record.get('schema_version')!r}, this program reads {SCHEMA_VERSION}"
+        )
     return record
 
 

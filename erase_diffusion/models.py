@@ -87,14 +87,14 @@ class Model:
                 f"unknown model {name!r}: give one of {', '.join(MODELS)}, a diffusers folder, or a hub id"
             )
         self.folder = _local(known.source if known else name)
-        self.index = _read_json(self.folder / "model_index.json")
+        self.index = read_json(self.folder / "model_index.json")
         if "text_encoder_2" in self.index or "text_encoder" not in self.index:
             raise ModelError(
                 f"{name}: only pipelines with one CLIP text encoder (SD 1.x, 2.x) can be erased, "
                 f"this is a {self.index.get('_class_name')!r}"
             )
         if known is None:
-            width = _read_json(self.folder / "text_encoder" / "config.json").get("hidden_size")
+            width = read_json(self.folder / "text_encoder" / "config.json").get("hidden_size")
             alike = [spec for spec in MODELS.values() if spec.width == width]
             if not alike:
                 raise ModelError(f"{name}: no known Stable Diffusion has a text encoder of hidden size {width!r}")
@@ -210,11 +210,12 @@ def _local(source: str) -> Path:
         raise ModelError(f"cannot fetch {source!r} from the hub: {first}") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, wanted: str = "a model in the diffusers layout") -> dict[str, Any]:
+    """The JSON object in a file. Raises ModelError, naming the file, when it is missing, broken or no object."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ModelError(f"{path} is missing: the folder is not a model in the diffusers layout") from None
+        raise ModelError(f"{path} is missing: the folder is not {wanted}") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ModelError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):
@@ -227,7 +228,7 @@ def check_weights(folder: Path) -> torch.dtype:
 
     Raises ModelError, naming the file, for a missing config, and weights missing, pickled, truncated or not finite.
     """
-    _read_json(folder / "config.json")
+    read_json(folder / "config.json")
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         pickles = sorted(p for suffix in ("bin", "pt", "ckpt", "pth") for p in folder.glob(f"*.{suffix}"))

@@ -13,18 +13,21 @@ import random
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import click
 import numpy as np
 import torch
+from PIL import Image
 
+from erase_diffusion.checker import CLIPChecker
 from erase_diffusion.generation import draw
 from erase_diffusion.metrics import Rate, rate
 from erase_diffusion.mini.captions import RELATION_PHRASES, SUBJECT_TEMPLATES, fill_template, thing_phrase
 from erase_diffusion.mini.draw import draw_malformed, draw_scene
 from erase_diffusion.mini.world import CHARACTER, OBJECTS, PLACES, Scene, noun, sample_scene
-from erase_diffusion.models import Model
+from erase_diffusion.models import MODELS, Model
 from erase_diffusion.verification import make_checker
 
 SEED = 7_000_000  # apart from training, calibration and verification
@@ -47,6 +50,50 @@ def argmax(table: dict[str, torch.Tensor]) -> list[str]:
     return [names[i] for i in torch.stack(list(table.values())).argmax(0).tolist()]
 
 
+def same(answers: Sequence[str], truth: Sequence[str | None]) -> Rate:
+    return rate([a == t for a, t in zip(answers, truth, strict=True)])
+
+
+def all_found(checker: CLIPChecker, images: Sequence[Image.Image] | np.ndarray, scenes: Sequence[Scene]) -> Rate:
+    """How many pictures show everything that is in their scene."""
+    things = checker.things(checker.embed_images(images))
+    return rate([all(things[t.name][i] >= 0.5 for t in s.things) for i, s in enumerate(scenes)])
+
+
+def by_object(count: int, rng: random.Random, names: Sequence[str]) -> list[Scene]:
+    """Held-out scenes of one thing, each name as often as the next."""
+    return [sample_scene(rng, "test", things=1, name=names[i % len(names)]) for i in range(count)]
+
+
+Row = tuple[str, Rate, float]  # what, measured, bar (0 for none)
+
+
+def judge_on_drawings(checker: CLIPChecker, rng: random.Random) -> tuple[list[Row], np.ndarray]:
+    """The judge where the truth is known, and the drawings of one thing."""
+    scenes = [sample_scene(rng, "test", things=1) for _ in range(1000)]
+    drawings = np.stack([np.asarray(draw_scene(s, rng)) for s in scenes])
+    seen = checker.embed_images(drawings)
+    coloured = [i for i, s in enumerate(scenes) if s.things[0].colour]
+    colours = argmax(checker.attributes(seen))
+    pairs = [sample_scene(rng, "test", things=2) for _ in range(500)]
+    nothing = [draw_malformed(sample_scene(rng, "test", things=1), rng) for _ in range(300)]
+    nothing += [draw_scene(sample_scene(rng, "test", things=0), rng) for _ in range(300)]
+    most = torch.stack(list(checker.things(checker.embed_images(nothing)).values())).amax(0)
+    rows: list[Row] = [
+        ("judge on drawings: object", same(argmax(checker.things(seen)), [s.things[0].name for s in scenes]), 0.99),
+        (
+            "judge on drawings: colour",
+            same([colours[i] for i in coloured], [scenes[i].things[0].colour for i in coloured]),
+            0.98,
+        ),
+        ("judge on drawings: place", same(argmax(checker.places(seen)), [s.place for s in scenes]), 0.98),
+        ("judge on drawings: style", same(argmax(checker.styles(seen)), [s.style for s in scenes]), 0.98),
+        ("judge on drawings: both of two", all_found(checker, [draw_scene(s, rng) for s in pairs], pairs), 0.0),
+        ("judge on blobs and empty scenes: nothing", rate((most < 0.5).tolist()), 0.0),
+    ]
+    return rows, drawings
+
+
 @click.command(help=__doc__)
 @click.option(
     "--images",
@@ -57,53 +104,24 @@ def argmax(table: dict[str, torch.Tensor]) -> list[str]:
 )
 @click.option("--steps", default=25, show_default=True)
 @click.option("--guidance", type=float, help="Default: the registry's.")
-@click.option("--model", default="mini", show_default=True, help="mini, or a folder packed like it.")
+@click.option(
+    "--weights",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="A folder that `train_mini.py --stage pack` wrote; default: the shipped one.",
+)
 @click.option("--output", type=click.Path(path_type=Path), help="Where to write the figures as JSON.")
 @click.option("--sheet", type=click.Path(path_type=Path), help="Where to write a contact sheet of generated pictures.")
-def main(images: int, steps: int, guidance: float | None, model: str, output: Path | None, sheet: Path | None) -> None:
-    loaded = Model(model)
+def main(
+    images: int, steps: int, guidance: float | None, weights: Path | None, output: Path | None, sheet: Path | None
+) -> None:
+    if weights:
+        parts = {"source": "pipeline", "clip": "clip", "judge": "judge"}
+        MODELS["mini"] = replace(MODELS["mini"], **{field: str(weights / part) for field, part in parts.items()})
+    loaded = Model("mini")
     guidance = loaded.spec.guidance if guidance is None else guidance
     checker, pipe, encoder = make_checker(loaded), loaded.painter(), loaded.text_encoder()
     rng = random.Random(SEED)
-    rows: list[tuple[str, Rate, float]] = []
-
-    # The judge on drawings, where the truth is known.
-    scenes = [sample_scene(rng, "test", things=1) for _ in range(1000)]
-    drawings = np.stack([np.asarray(draw_scene(s, rng)) for s in scenes])
-    seen = checker.embed_images(drawings)
-    coloured = [i for i, s in enumerate(scenes) if s.things[0].colour]
-    objects, colours, places, styles = (
-        argmax(t) for t in (checker.things(seen), checker.attributes(seen), checker.places(seen), checker.styles(seen))
-    )
-    rows += [
-        (
-            "judge on drawings: object",
-            rate([o == s.things[0].name for o, s in zip(objects, scenes, strict=True)]),
-            0.99,
-        ),
-        ("judge on drawings: colour", rate([colours[i] == scenes[i].things[0].colour for i in coloured]), 0.98),
-        ("judge on drawings: place", rate([p == s.place for p, s in zip(places, scenes, strict=True)]), 0.98),
-        ("judge on drawings: style", rate([y == s.style for y, s in zip(styles, scenes, strict=True)]), 0.98),
-    ]
-    pairs = [sample_scene(rng, "test", things=2) for _ in range(500)]
-    things = checker.things(checker.embed_images(np.stack([np.asarray(draw_scene(s, rng)) for s in pairs])))
-    rows.append(
-        (
-            "judge on drawings: both of two",
-            rate([all(things[t.name][i] >= 0.5 for t in s.things) for i, s in enumerate(pairs)]),
-            0.0,
-        )
-    )
-    nothing = [draw_malformed(sample_scene(rng, "test", things=1), rng) for _ in range(300)]
-    nothing += [draw_scene(sample_scene(rng, "test", things=0), rng) for _ in range(300)]
-    things = checker.things(checker.embed_images(nothing))
-    rows.append(
-        (
-            "judge on blobs and empty scenes: nothing",
-            rate((torch.stack(list(things.values())).amax(0) < 0.5).tolist()),
-            0.0,
-        )
-    )
+    rows, drawings = judge_on_drawings(checker, rng)
 
     # The generator, by the judge.
     def generate(prompts: list[str], first_seed: int) -> np.ndarray:
@@ -111,65 +129,33 @@ def main(images: int, steps: int, guidance: float | None, model: str, output: Pa
         with click.progressbar(length=len(prompts), label=f"{len(prompts)} images", file=sys.stderr) as bar:
             return draw(pipe, encoder, prompts, list(seeds), steps=steps, guidance=guidance, progress=bar.update)
 
-    one = [sample_scene(rng, "test", things=1, name=list(OBJECTS)[i % len(OBJECTS)]) for i in range(images)]
+    def generated(label: str, scenes: list[Scene], prompts: list[str], first_seed: int, bar: float) -> np.ndarray:
+        pictures = generate(prompts, first_seed)
+        rows.append((f"generated: {label}", all_found(checker, pictures, scenes), bar))
+        return pictures
+
+    one = by_object(images, rng, list(OBJECTS))
     prompts = [prompt_of(s, rng) for s in one]
-    generated = generate(prompts, 0)
-    seen = checker.embed_images(generated)
-    things = checker.things(seen)
-    found = [bool(things[s.things[0].name][i] >= 0.5) for i, s in enumerate(one)]
-    rows.append(("generated: the one object named", rate(found), 0.95))
-    for label, best, truth in (
-        ("colour", argmax(checker.attributes(seen)), [s.things[0].colour for s in one]),
-        ("place", argmax(checker.places(seen)), [s.place for s in one]),
-    ):
-        rows.append((f"generated: {label}", rate([b == t for b, t in zip(best, truth, strict=True)]), 0.90))
-    best = argmax(checker.styles(seen))
-    rows.append(
-        ("generated: style", rate([b == s.style for b, s in zip(best, one, strict=True) if s.style != "plain"]), 0.90)
-    )
-    named = [sample_scene(rng, "test", things=1, name=CHARACTER.name) for _ in range(images // 4)]
-    seen = checker.embed_images(generate([prompt_of(s, rng) for s in named], 10_000))
-    rows.append(("generated: the character", rate((checker.things(seen)[CHARACTER.name] >= 0.5).tolist()), 0.90))
-    two = [sample_scene(rng, "test", things=2) for _ in range(images // 2)]
-    pair_prompts = [prompt_of(s, rng) for s in two]
-    pair_images = generate(pair_prompts, 20_000)
-    things = checker.things(checker.embed_images(pair_images))
-    rows.append(
-        (
-            "generated: both of two objects",
-            rate([all(things[t.name][i] >= 0.5 for t in s.things) for i, s in enumerate(two)]),
-            0.80,
-        )
-    )
-    with_synonyms = [n for n in OBJECTS.values() if n.synonyms]
-    alike = [
-        sample_scene(rng, "test", things=1, name=with_synonyms[i % len(with_synonyms)].name) for i in range(images // 2)
+    first = generated("the one object named", one, prompts, 0, 0.95)
+    seen = checker.embed_images(first)
+    styled = [i for i, s in enumerate(one) if s.style != "plain"]
+    styles = argmax(checker.styles(seen))
+    rows += [
+        ("generated: colour", same(argmax(checker.attributes(seen)), [s.things[0].colour for s in one]), 0.90),
+        ("generated: place", same(argmax(checker.places(seen)), [s.place for s in one]), 0.90),
+        ("generated: style", same([styles[i] for i in styled], [one[i].style for i in styled]), 0.90),
     ]
-    things = checker.things(
-        checker.embed_images(
-            generate([prompt_of(s, rng, [rng.choice(noun(s.things[0].name).synonyms)]) for s in alike], 30_000)
-        )
-    )
-    rows.append(
-        (
-            "generated: from a synonym",
-            rate([bool(things[s.things[0].name][i] >= 0.5) for i, s in enumerate(alike)]),
-            0.90,
-        )
-    )
-    told = [sample_scene(rng, "test", things=1, name=list(OBJECTS)[i % len(OBJECTS)]) for i in range(images // 2)]
-    things = checker.things(
-        checker.embed_images(
-            generate([prompt_of(s, rng, [rng.choice(noun(s.things[0].name).descriptions)]) for s in told], 40_000)
-        )
-    )
-    rows.append(
-        (
-            "generated: from a description",
-            rate([bool(things[s.things[0].name][i] >= 0.5) for i, s in enumerate(told)]),
-            0.0,
-        )
-    )
+    named = by_object(images // 4, rng, [CHARACTER.name])
+    generated("the character", named, [prompt_of(s, rng) for s in named], 10_000, 0.90)
+    two = [sample_scene(rng, "test", things=2) for _ in range(images // 2)]
+    pairs = generated("both of two objects", two, [prompt_of(s, rng) for s in two], 20_000, 0.80)
+    for label, words, first_seed, bar in (
+        ("from a synonym", "synonyms", 30_000, 0.90),
+        ("from a description", "descriptions", 40_000, 0.0),
+    ):
+        told = by_object(images // 2, rng, [n for n, entry in OBJECTS.items() if getattr(entry, words)])
+        said = [prompt_of(s, rng, [rng.choice(getattr(noun(s.things[0].name), words))]) for s in told]
+        generated(label, told, said, first_seed, bar)
 
     # The VAE on held-out drawings, and the speed on two cores.
     with torch.no_grad():
@@ -197,9 +183,7 @@ def main(images: int, steps: int, guidance: float | None, model: str, output: Pa
             + "\n"
         )
     if sheet:
-        from PIL import Image
-
-        tiles = np.concatenate([generated[:96], pair_images[:32]])
+        tiles = np.concatenate([first[:96], pairs[:32]])
         grid = tiles.reshape(8, 16, 64, 64, 3).transpose(0, 2, 1, 3, 4).reshape(512, 1024, 3)
         Image.fromarray(grid).save(sheet)
         click.echo("\n".join(prompts[:16]), err=True)

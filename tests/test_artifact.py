@@ -95,7 +95,13 @@ def test_changed_weights_are_noticed(copy: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("{", "cannot be read"), ("[]", "schema version None"), ('{"schema_version": 99}', "99")]
+    ("text", "message"),
+    [
+        ("{", "cannot be read"),
+        ("[]", "must hold a JSON object"),
+        ("{}", "schema version None"),
+        ('{"schema_version": 99}', "99"),
+    ],
 )
 def test_a_broken_record_is_refused(copy: Path, text: str, message: str) -> None:
     (copy / "erasure.json").write_text(text)

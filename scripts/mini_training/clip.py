@@ -101,7 +101,9 @@ def train_clip(stage: str, work: Path, minutes: float, device: str) -> None:
     def loss(rng: random.Random) -> dict[str, torch.Tensor]:
         index = sample(rng)
         pixels = pictures[index].to(device).float() / 255
-        # A shade lighter or darker: generated pictures are never quite the drawn ones.
+        # A shade lighter or darker, a little softer: generated pictures are never quite the drawn ones.
+        soft = (2 * torch.rand(len(index), 1, 1, 1, device=device) - 1).clamp_min(0)
+        pixels = pixels.lerp(F.avg_pool2d(pixels, 3, 1, 1, count_include_pad=False), soft)
         shade = 1 + 0.1 * torch.randn(len(index), 1, 1, 1, device=device)
         pixels = ((pixels * shade).clamp(0, 1) + 0.03 * torch.randn_like(pixels) - mean) / std
         texts = [caption(scenes[i], rng, malformed=i < malformed) for i in index]
