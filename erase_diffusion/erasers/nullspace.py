@@ -45,18 +45,24 @@ class NullspaceConfig:
             raise ConfigError(f"null must lie in (0, 1], got {self.null}")
 
 
-def solve_values(keys: Tensor, change: Tensor, retain_gram: Tensor, *, retain: float, ridge: float) -> Tensor:
+def solve_values(
+    keys: Tensor, change: Tensor, retain_gram: Tensor, *, retain: float, ridge: float, free: Tensor | None = None
+) -> Tensor:
     """The update ΔW that changes values at `keys` by `change` and as little as can be at the retain keys.
 
-    argmin ‖K ΔWᵀ − D‖²/n + λ ΔW R ΔWᵀ + μ‖ΔW‖², so ΔWᵀ = (KᵀK/n + λR + μI)⁻¹ KᵀD/n.
-    keys K: (n, m), change D: (n, d), retain_gram R: (m, m) the mean outer product of retain keys. Returns ΔW (d, m).
+    argmin ‖K ΔWᵀ − D‖²/n + λ ΔW R ΔWᵀ + μ‖ΔW‖², so ΔWᵀ = (KᵀK/n + λR + μI)⁻¹ KᵀD/n; with a projector P on free
+    directions, for K P in place of K, and then ΔW P.
+    keys K: (n, m), change D: (n, d), retain_gram R: (m, m) the mean outer product of retain keys, free P: (m, m).
+    Returns ΔW (d, m), in retain_gram's dtype.
     """
     n, m = keys.shape
-    gram = keys.T @ keys / n
-    eye = torch.eye(m, dtype=keys.dtype, device=keys.device)
+    gram, cross = ((keys.T @ x / n).to(retain_gram.dtype) for x in (keys, change))
+    if free is not None:
+        gram, cross = free @ gram @ free, free @ cross
+    eye = torch.eye(m, dtype=gram.dtype, device=gram.device)
     system = gram + retain * retain_gram + ridge * gram.diagonal().mean().clamp_min(1e-12) * eye
-    update: Tensor = torch.linalg.solve(system, keys.T @ change / n)
-    return update.T
+    update: Tensor = torch.linalg.solve(system, cross)
+    return update.T if free is None else update.T @ free
 
 
 def null_space(gram: Tensor, share: float) -> Tensor:
@@ -103,14 +109,16 @@ class Nullspace:
             change = anchored_states(anchor.states, where) - forget.states
             # Relative, so that a prompt whose one word differs counts as much as one that differs everywhere.
             apart = (change.square().sum(-1) * moved).sum(1) / moved.sum(1).clamp_min(1)
-            weight = (apart.clamp_min(1e-6).rsqrt()[:, None].expand_as(moved))[moved][:, None].double()
+            weight = (apart.clamp_min(1e-6).rsqrt()[:, None].expand_as(moved))[moved][:, None]
             weight = weight / weight.square().mean().sqrt()
-            wanted, k = change[moved].double() * weight, keys[moved].double() * weight
-            if config.null < 1:
-                free = null_space(gram, config.null)
-                update = solve_values(k @ free, wanted, gram, retain=config.retain, ridge=config.ridge) @ free
-            else:
-                update = solve_values(k, wanted, gram, retain=config.retain, ridge=config.ridge)
+            update = solve_values(
+                keys[moved] * weight,
+                change[moved] * weight,
+                gram,
+                retain=config.retain,
+                ridge=config.ridge,
+                free=null_space(gram, config.null) if config.null < 1 else None,
+            )
             update = (config.strength * update).to(keys.dtype)
             _fc2(layer).weight += update
             for walk, inputs in ((forget, keys), (retain, kept)):
