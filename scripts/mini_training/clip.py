@@ -124,8 +124,8 @@ def train_clip(stage: str, work: Path, minutes: float, device: str) -> None:
             "patch": dense[0],
             "accuracy": (logits.argmax(1) == target).float().mean(),
         }
-        if stage == "judge":
-            # What a judge is for, asked of it outright: from captions alone it hardly learns to read pairs.
+        if stage != "clip":
+            # Asked outright what is in a picture: from captions alone pairs are hardly learned.
             ids = tokenize(tokenizer, hypotheses(rng), device)
             ids = ids[:, : int((ids == tokenizer.eos_token_id).int().argmax(1).max()) + 1]
             with autocast(device, cpu=True):
