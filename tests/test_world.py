@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 
 import numpy as np
 import pytest
@@ -75,6 +76,14 @@ def test_training_never_sees_a_held_out_combination() -> None:
             for thing in scene.things:
                 if thing.colour is not None:
                     assert is_held_out(thing.name, thing.colour, scene.place) == (split == "test")
+
+
+def test_held_out_templates_hold_no_word_that_training_never_saw() -> None:
+    words = {
+        split: {w for t in (*SUBJECT_TEMPLATES[split], *EMPTY_TEMPLATES[split]) for w in re.findall(r"\w+", t)}
+        for split in ("train", "test")
+    }
+    assert words["test"] <= words["train"]
 
 
 def test_templates_of_the_splits_are_apart() -> None:
