@@ -68,9 +68,9 @@ def test_the_saved_folder_draws_no_cat_with_other_noise(
     model = load_erased_text_encoder(erased_cat[0], base="mini").float()
     erased = TextEncoder(model, encoder.tokenizer, encoder.dtype)
     prompts = [
-        "a page with a cat",
+        "here is a cat",
         "see a kitten here in the snow",
-        "a cat can be seen on the sand",
+        "look at my drawing of a cat on the sand",
         "a cat beside a red car",
     ] * 6
     seeds = list(range(42, 42 + len(prompts)))
