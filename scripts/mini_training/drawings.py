@@ -17,14 +17,17 @@ PAIRS = list(itertools.combinations(range(len(NAMES)), 2))
 IMAGES = 60_000  # drawings per stage, made in half a minute
 
 
-def draw_many(count: int, seed: int, malformed: int = 0) -> tuple[list[Scene], torch.Tensor, torch.Tensor]:
+def draw_many(
+    count: int, seed: int, malformed: int = 0, things: int | None = None
+) -> tuple[list[Scene], torch.Tensor, torch.Tensor]:
     """`count` training scenes, their pictures, uint8 (count, 3, 64, 64), and which thing covers each 8×8 patch.
 
-    The first `malformed` are drawn as such. The labels are uint8 (count, 2, 64): object and colour by index,
+    The first `malformed` are drawn as such; `things` fixes how many things a scene has. The labels are uint8
+    (count, 2, 64): object and colour by index,
     with the number of objects (colours) for none.
     """
     rng = random.Random(seed)
-    scenes = [sample_scene(rng, things=1 if i < malformed else None) for i in range(count)]
+    scenes = [sample_scene(rng, things=1 if i < malformed else things) for i in range(count)]
     pictures = np.empty((count, 64, 64, 3), dtype=np.uint8)
     labels = np.empty((count, 2, 8, 8), dtype=np.uint8)
     labels[:, 0], labels[:, 1] = len(NAMES), len(COLOUR_NAMES)

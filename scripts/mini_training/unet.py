@@ -67,16 +67,24 @@ def train_unet(work: Path, minutes: float, device: str) -> None:
     ema.load_state_dict(unet.state_dict())
     run = Run("unet", work, minutes, unet, ema.requires_grad_(False))
     file = work / "latents.safetensors"
+    # As many again of two things: which word belongs to which thing is the hardest to learn.
+    draws = [(int(settings["seed"]), None), (int(settings["seed_of_pairs"]), 2)]
     if rank() == 0 and not file.exists():
-        _, pictures, labels = draw_many(int(settings["images"]), int(settings["seed"]))
-        things = (labels[:, 0] < len(NAMES)).unflatten(1, (8, 8))
-        save_file({"latents": encode_all(vae, pictures, device), "things": things.contiguous()}, file)
-        del pictures
+        parts: dict[str, list[torch.Tensor]] = {"latents": [], "things": []}
+        for seed, many in draws:
+            _, pictures, labels = draw_many(int(settings["images"]), seed, things=many)
+            parts["latents"].append(encode_all(vae, pictures, device))
+            parts["things"].append((labels[:, 0] < len(NAMES)).unflatten(1, (8, 8)))
+            del pictures
+        save_file({name: torch.cat(part) for name, part in parts.items()}, file)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
     latents, things = (load_file(file)[name] for name in ("latents", "things"))
-    scene_rng = random.Random(int(settings["seed"]))
-    scenes = [sample_scene(scene_rng) for _ in range(len(latents))]
+    scenes = [
+        sample_scene(scene_rng, things=many)
+        for scene_rng, many in ((random.Random(seed), many) for seed, many in draws)
+        for _ in range(int(settings["images"]))
+    ]
     del vae
     scale = AutoencoderKL.load_config(work / "vae")["scaling_factor"]
     alphas = make_scheduler().alphas_cumprod.to(device)
