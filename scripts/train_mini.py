@@ -1,9 +1,9 @@
 """Train the embedded model: tokenizer, CLIP, judge, VAE, UNet, then pack them as a stock diffusers repo.
 
     python scripts/train_mini.py --work runs/mini --stage clip --minutes 40
-    python scripts/train_mini.py --work runs/mini --stage judge --minutes 85
+    python scripts/train_mini.py --work runs/mini --stage judge --minutes 120
     python scripts/train_mini.py --work runs/mini --stage vae --minutes 40
-    torchrun --nproc-per-node 4 scripts/train_mini.py --work runs/mini --stage unet --minutes 240 --threads 1
+    torchrun --nproc-per-node 4 scripts/train_mini.py --work runs/mini --stage unet --minutes 180 --threads 1
     python scripts/train_mini.py --work runs/mini --stage vision --minutes 20
     python scripts/train_mini.py --work runs/mini --stage decoder --minutes 20
     python scripts/train_mini.py --work runs/mini --stage pack
