@@ -96,10 +96,10 @@ def train_unet(work: Path, minutes: float, device: str) -> None:
         with torch.no_grad():
             context = text(tokenize(tokenizer, texts, device)).last_hidden_state
         # Half of the times one from each of as many equal strata (less variance than independent draws), half from
-        # the middle, where what is drawn takes its shape.
+        # the middle and a little over it, where it is settled what is drawn where.
         n = len(index)
         even = (torch.arange(n, device=device) + torch.rand(n, device=device)) / n
-        middle = torch.sigmoid(torch.randn(n, device=device))
+        middle = torch.sigmoid(torch.randn(n, device=device) + 0.5)
         t = (torch.where(torch.rand(n, device=device) < 0.5, even, middle) * 1000).long().clamp(0, 999)
         a, s = alphas[t].sqrt().view(-1, 1, 1, 1), (1 - alphas[t]).sqrt().view(-1, 1, 1, 1)
         noise = torch.randn_like(x)
