@@ -63,7 +63,7 @@ def test_sees_colour_place_and_style(checker: CLIPChecker) -> None:
         (checker.styles(seen), "crayon"),
     ):
         total = torch.stack(list(table.values())).sum(0)
-        # A colour needs a thing to have it: for attributes 'nothing there' is one more answer, which is not in the table.
+        # A colour needs a thing to have it: 'nothing there' is one more answer, which is not in the table.
         assert (total <= 1 + 1e-4).all() if truth == "purple" else total.allclose(torch.ones(8), atol=1e-4)
         assert (table[truth] > 0.5).float().mean() >= 0.75
 
