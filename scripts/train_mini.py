@@ -3,9 +3,9 @@
     python scripts/train_mini.py --work runs/mini --stage clip --minutes 40
     python scripts/train_mini.py --work runs/mini --stage judge --minutes 120
     python scripts/train_mini.py --work runs/mini --stage vae --minutes 40
+    torchrun --nproc-per-node 4 scripts/train_mini.py --work runs/mini --stage refine --minutes 30 --threads 1
     torchrun --nproc-per-node 4 scripts/train_mini.py --work runs/mini --stage unet --minutes 180 --threads 1
     python scripts/train_mini.py --work runs/mini --stage vision --minutes 20
-    python scripts/train_mini.py --work runs/mini --stage decoder --minutes 20
     python scripts/train_mini.py --work runs/mini --stage pack
 
 `--stage unpack` lays the packed components into an empty work folder; the stages then go on from those.
@@ -59,7 +59,7 @@ def main(stage: str, work: Path, minutes: float, device: str, threads: int | Non
         torch.set_num_threads(threads)
     if stage in ("clip", "vision", "judge"):
         train_clip(stage, work, minutes, device)
-    elif stage in ("vae", "decoder"):
+    elif stage in ("vae", "refine"):
         train_vae(stage, work, minutes, device)
     elif stage == "unet":
         train_unet(work, minutes, device)

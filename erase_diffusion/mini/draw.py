@@ -322,17 +322,17 @@ def _boxes(scene: Scene, rng: random.Random) -> list[tuple[float, float, float]]
     if len(scene.things) == 1:
         side = rng.uniform(0.56, 0.7)
         return [(rng.uniform(0.03, 0.97 - side) * _CANVAS, rng.uniform(0.12, 0.96 - side) * _CANVAS, side * _CANVAS)]
-    a, b = rng.uniform(0.4, 0.46), rng.uniform(0.4, 0.46)
+    a, b = rng.uniform(0.44, 0.47), rng.uniform(0.44, 0.47)
     if scene.relation == "above":
         spots = [
-            (rng.uniform(0.05, 0.95 - a), rng.uniform(0.02, 0.06)),
-            (rng.uniform(0.05, 0.95 - b), rng.uniform(0.96, 0.98) - b),
+            (rng.uniform(0.05, 0.95 - a), rng.uniform(0.01, 0.03)),
+            (rng.uniform(0.05, 0.95 - b), rng.uniform(0.97, 0.99) - b),
         ]
     else:
         low = rng.uniform(0.28, 0.5)
         spots = [
-            (rng.uniform(0.02, 0.06), low + rng.uniform(-0.06, 0.06)),
-            (rng.uniform(0.95, 0.98) - b, low + rng.uniform(-0.06, 0.06)),
+            (rng.uniform(0.01, 0.03), low + rng.uniform(-0.06, 0.06)),
+            (rng.uniform(0.97, 0.99) - b, low + rng.uniform(-0.06, 0.06)),
         ]
         if scene.relation == "beside" and rng.random() < 0.5:
             spots = [(0.97 - a, spots[0][1]), (0.03, spots[1][1])]

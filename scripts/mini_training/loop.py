@@ -21,8 +21,8 @@ STAGES: dict[str, dict[str, float]] = {
     "vision": dict(steps=8000, batch=64, lr=1e-3, seed=5),
     "judge": dict(steps=40000, batch=64, lr=1e-3, seed=2),
     "vae": dict(steps=9000, batch=16, lr=1.5e-3, seed=3),
-    "decoder": dict(steps=9000, batch=16, lr=1e-3, seed=6),
-    "unet": dict(steps=40000, batch=64, lr=8e-4, seed=4, seed_of_pairs=7, images=30_000),
+    "refine": dict(steps=9000, batch=16, lr=1e-3, seed=6),
+    "unet": dict(steps=200_000, batch=64, lr=8e-4, seed=4, seed_of_pairs=7, images=30_000),
 }
 
 

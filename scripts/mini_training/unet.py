@@ -67,12 +67,14 @@ def train_unet(work: Path, minutes: float, device: str) -> None:
     ema.load_state_dict(unet.state_dict())
     run = Run("unet", work, minutes, unet, ema.requires_grad_(False))
     file = work / "latents.safetensors"
-    # As many again of two things: which word belongs to which thing is the hardest to learn.
+    # A second draw of two things only, so that half of what is seen are pairs: which word belongs to which thing is the
+    # hardest to learn.
+    images = int(settings["images"])
     draws = [(int(settings["seed"]), None), (int(settings["seed_of_pairs"]), 2)]
     if rank() == 0 and not file.exists():
         parts: dict[str, list[torch.Tensor]] = {"latents": [], "things": []}
         for seed, many in draws:
-            _, pictures, labels = draw_many(int(settings["images"]), seed, things=many)
+            _, pictures, labels = draw_many(images, seed, things=many)
             parts["latents"].append(encode_all(vae, pictures, device))
             parts["things"].append((labels[:, 0] < len(NAMES)).unflatten(1, (8, 8)))
             del pictures
@@ -83,14 +85,14 @@ def train_unet(work: Path, minutes: float, device: str) -> None:
     scenes = [
         sample_scene(scene_rng, things=many)
         for scene_rng, many in ((random.Random(seed), many) for seed, many in draws)
-        for _ in range(int(settings["images"]))
+        for _ in range(images)
     ]
     del vae
     scale = AutoencoderKL.load_config(work / "vae")["scaling_factor"]
     alphas = make_scheduler().alphas_cumprod.to(device)
 
     def loss(rng: random.Random) -> dict[str, torch.Tensor]:
-        index = [rng.randrange(len(latents)) for _ in range(share)]
+        index = [rng.randrange(images) + images * (rng.random() < 0.3) for _ in range(share)]
         x = latents[index].to(device).float() * scale
         texts = ["" if rng.random() < 0.1 else caption(scenes[i], rng) for i in index]
         with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 
@@ -9,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from tqdm import tqdm
+from transformers import CLIPImageProcessor, CLIPVisionModel
 
-from mini_training.drawings import IMAGES, draw_many, to_float
-from mini_training.loop import STAGES, Run, autocast, start
+from mini_training.drawings import IMAGES, NAMES, draw_many, to_float
+from mini_training.loop import STAGES, Run, autocast, rank, start
 
 # f=4: at f=8 and 12 channels, 40 minutes gave 28 dB but small things in wrong colours; f=4 costs the UNet a fifth more.
 LATENT_CHANNELS = 6
@@ -42,42 +44,73 @@ def recolour(x: torch.Tensor) -> torch.Tensor:
 
 
 def train_vae(stage: str, work: Path, minutes: float, device: str) -> None:
-    """L1 and L2 on pixels, L1 on edges and on colour, and a light KL.
+    """ "vae": from random weights to balanced latents; "refine": on from there, with what a UNet needs.
 
-    "decoder" goes on with the VAE that is there, its encoder (whose latents the UNet was trained on) locked.
+    Both: L1 and L2 on pixels, L1 on edges and on colour. "vae" adds a light KL. "refine" adds noise to the latents
+    instead, up to a quarter of their spread: what is told by less than a UNet's error is lost when a UNet tells it.
+    There things count five times, and the generator's own image tower says whether a shape is still that shape
+    (a perceptual loss, as LPIPS in Stable Diffusion's autoencoder; the judge has no part in it).
     """
     settings = STAGES[stage]
+    refine = stage == "refine"
     torch.manual_seed(int(settings["seed"]))
-    if stage == "decoder":
-        vae = AutoencoderKL.from_pretrained(work / "vae").to(device)
-        vae.encoder.requires_grad_(False)
-        vae.quant_conv.requires_grad_(False)
-    else:
-        vae = start(AutoencoderKL, work / "vae", make_vae).to(device)
+    vae = start(AutoencoderKL, work / "vae", make_vae).to(device)
     run = Run(stage, work, minutes, vae)
-    _, pictures, _ = draw_many(IMAGES, int(settings["seed"]))
+    _, pictures, labels = draw_many(IMAGES, int(settings["seed"]))
+    share = int(settings["batch"]) // int(os.environ.get("WORLD_SIZE", 1))
+    if refine:
+        tower = CLIPVisionModel.from_pretrained(work / "clip").to(device).eval().requires_grad_(False)
+        mean, std = (
+            torch.tensor(value, device=device).view(1, 3, 1, 1)
+            for value in (CLIPImageProcessor().image_mean, CLIPImageProcessor().image_std)
+        )
+
+    def shapes(x: torch.Tensor) -> list[torch.Tensor]:
+        """The patches' features after each layer, of unit length."""
+        states = tower(pixel_values=((x + 1) / 2 - mean) / std, output_hidden_states=True).hidden_states
+        return [F.normalize(h[:, 1:].float(), dim=-1) for h in states[1:]]
 
     def loss(rng: random.Random) -> dict[str, torch.Tensor]:
-        x = to_float(pictures[[rng.randrange(IMAGES) for _ in range(int(settings["batch"]))]], device)
-        x = recolour(x) if stage == "vae" else x
+        index = [rng.randrange(IMAGES) for _ in range(share)]
+        x = to_float(pictures[index], device)
+        # The perceptual loss knows this world's colours only.
+        x = x if refine else recolour(x)
         with autocast(device, cpu=True):
             posterior = vae.encode(x).latent_dist
-            y = vae.decode(posterior.sample()).sample
-        y = y.float()
-        error = y - x
-        pixel = error.abs().mean() + 4 * error.square().mean()
+            spread = 0.25 * torch.rand(len(x), 1, 1, 1, device=device) if refine else posterior.std
+            y = vae.decode(posterior.mean + spread * torch.randn_like(posterior.mean)).sample
+        error = y.float() - x
+        psnr = -10 * torch.log10(error.detach().clamp(-2, 2).square().mean((1, 2, 3)) / 4).mean()
+        if refine:
+            things = (labels[index, 0] < len(NAMES)).view(-1, 1, 8, 8).to(device).float()
+            weight = 1 + 4 * things.repeat_interleave(8, 2).repeat_interleave(8, 3)
+            error = error * (weight / weight.mean())
+        pixel = error.abs().mean() + 4 * (error * (y.float() - x)).mean()
         edge = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
         # Without these two small things stay grey for long: colour apart from brightness, and local means.
         chroma = 2 * (error - error.mean(1, keepdim=True)).abs().mean() + 2 * F.avg_pool2d(error, 4).abs().mean()
-        kl = posterior.kl().mean() / posterior.mean[0].numel()
-        psnr = -10 * torch.log10(error.detach().clamp(-2, 2).square().mean((1, 2, 3)) / 4).mean()
-        return {"loss": pixel + 0.3 * edge + chroma + 2e-4 * kl, "pixel": pixel, "edge": edge, "kl": kl, "psnr": psnr}
+        total = pixel + 0.3 * edge + chroma
+        if refine:
+            with torch.no_grad(), autocast(device, cpu=True):
+                wanted = shapes(x)
+            with autocast(device, cpu=True):
+                drawn = shapes(y)
+            shape = torch.stack([1 - (a * b).sum(-1).mean() for a, b in zip(wanted, drawn, strict=True)]).mean()
+            size = posterior.mean.float().square().mean()
+            # The latents keep their size, or noise of a fixed size would be outgrown.
+            rest = {"shape": shape, "size": size}
+            total = total + 0.5 * shape + 0.1 * (size - 1).square()
+        else:
+            kl = posterior.kl().mean() / posterior.mean[0].numel()
+            rest = {"kl": kl}
+            total = total + 2e-4 * kl
+        return {"loss": total, "pixel": pixel, "edge": edge, **rest, "psnr": psnr}
 
     run.train(loss)
-    if stage == "decoder":
-        vae.save_pretrained(work / "vae")
+    if rank() != 0:
         return
-    balance(vae, to_float(pictures[:1024], device))
+    if not refine:
+        balance(vae, to_float(pictures[:1024], device))
     vae.save_pretrained(work / "vae")
     (work / "latents.safetensors").unlink(missing_ok=True)
 
