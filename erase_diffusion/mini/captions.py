@@ -88,8 +88,13 @@ def _choose_word(entry: Noun, rng: random.Random, describe: bool) -> str:
 MALFORMED_PHRASES: tuple[str, ...] = ("a shapeless blob", "an unfinished smudge", "a scribble of nothing")
 
 
-def caption(scene: Scene, rng: random.Random, split: Split = "train", *, malformed: bool = False) -> str:
-    """A caption that is true of the scene, naming all of it or only part; `malformed`, of its `draw_malformed`."""
+def caption(
+    scene: Scene, rng: random.Random, split: Split = "train", *, malformed: bool = False, one_of_two: float = 0.12
+) -> str:
+    """A caption that is true of the scene, naming all of it or only part; `malformed`, of its `draw_malformed`.
+
+    one_of_two: how often only one of two things is named.
+    """
     style = STYLES[scene.style]
     # A style other than the plain one is nearly always said: the plain look is what silence means.
     say_style = rng.random() < (0.25 if scene.style == "plain" else 0.93)
@@ -116,8 +121,8 @@ def caption(scene: Scene, rng: random.Random, split: Split = "train", *, malform
     said = phrases[0]
     if len(phrases) == 2:
         assert scene.relation is not None
-        if rng.random() < 0.12:
-            # Naming one of the two is true as well.
+        if rng.random() < one_of_two:
+            # True as well.
             said = rng.choice(phrases)
         else:
             said = rng.choice(RELATION_PHRASES[scene.relation]).format(a=phrases[0], b=phrases[1])

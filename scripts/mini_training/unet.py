@@ -94,7 +94,8 @@ def train_unet(work: Path, minutes: float, device: str) -> None:
     def loss(rng: random.Random) -> dict[str, torch.Tensor]:
         index = [rng.randrange(images) + images * (rng.random() < 0.3) for _ in range(share)]
         x = latents[index].to(device).float() * scale
-        texts = ["" if rng.random() < 0.1 else caption(scenes[i], rng) for i in index]
+        # Who asks for one thing is shown one: so many of the pictures are pairs that a tenth of them would be many.
+        texts = ["" if rng.random() < 0.1 else caption(scenes[i], rng, one_of_two=0) for i in index]
         with torch.no_grad():
             context = text(tokenize(tokenizer, texts, device)).last_hidden_state
         # Half of the times one from each of as many equal strata (less variance than independent draws), half from

@@ -44,7 +44,7 @@ def recolour(x: torch.Tensor) -> torch.Tensor:
 
 
 def train_vae(stage: str, work: Path, minutes: float, device: str) -> None:
-    """ "vae": from random weights to balanced latents; "refine": on from there, with what a UNet needs.
+    """Stage "vae" goes from random weights to balanced latents, "refine" on from there, with what a UNet needs.
 
     Both: L1 and L2 on pixels, L1 on edges and on colour. "vae" adds a light KL. "refine" adds noise to the latents
     instead, up to a quarter of their spread: what is told by less than a UNet's error is lost when a UNet tells it.
