@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -20,7 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from erase_diffusion.errors import ModelError, OutputError
-from erase_diffusion.models import Model, check_weights, read_json, source_hash
+from erase_diffusion.models import Model, check_weights, from_pretrained, read_json, source_hash
 from erase_diffusion.text_encoder import TextEncoder, weights_hash
 
 if TYPE_CHECKING:
@@ -40,7 +41,11 @@ def check_output(folder: Path, *, overwrite: bool) -> None:
             raise OutputError(f"{folder} is a file; give a folder for --output")
         if not overwrite:
             raise OutputError(f"{folder} exists; pass --overwrite to replace it, or choose another --output")
-        if any(folder.iterdir()) and not (folder / "erasure.json").exists():
+        try:
+            foreign = any(folder.iterdir()) and not (folder / "erasure.json").exists()
+        except OSError as error:
+            raise OutputError(f"{folder} cannot be read, so it cannot be replaced: {error.strerror}") from None
+        if foreign:
             raise OutputError(f"{folder} is not an erasure (no erasure.json), so --overwrite will not replace it")
     parent = folder.resolve().parent
     while not parent.exists():
@@ -64,11 +69,13 @@ def save_drop_in(
     weights are not finite.
     """
     check_output(folder, overwrite=overwrite)
+    folder = folder.resolve()  # what a link points to is replaced, not the link
     state = encoder.state_dict()
     broken = [k for k, v in state.items() if not torch.isfinite(v).all()]
     if broken:
         raise ModelError(f"the erased encoder holds NaN or infinite values ({broken[0]}); nothing was saved")
     temporary = None
+    missing = [p for p in folder.parents if not p.exists()]
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
@@ -92,6 +99,9 @@ def save_drop_in(
     finally:
         if temporary is not None and temporary.exists():
             shutil.rmtree(temporary, ignore_errors=True)
+        for parent in missing if not folder.exists() else ():
+            with contextlib.suppress(OSError):
+                parent.rmdir()
 
 
 def _write(
@@ -171,7 +181,10 @@ def load_erased_text_encoder(
     folder = Path(folder)
     record = read_record(folder)
     check_weights(folder / "text_encoder")
-    found = weights_hash(load_file(folder / "text_encoder" / "model.safetensors"))
+    weights = folder / "text_encoder" / "model.safetensors"
+    if not weights.exists():
+        raise ModelError(f"{weights} is missing")
+    found = weights_hash(load_file(weights))
     try:
         expected, origin = record["erased"]["sha256"], record["source"]["sha256"]
     except (KeyError, TypeError):
@@ -185,13 +198,5 @@ def load_erased_text_encoder(
                 f"{folder} was erased from {record['source'].get('model')!r} (sha256 {origin[:12]}…), "
                 f"the text encoder of {base!r} is another (sha256 {source[:12]}…)"
             )
-    model, info = CLIPTextModel.from_pretrained(
-        folder / "text_encoder",
-        dtype=dtype or torch.float32,
-        use_safetensors=True,
-        local_files_only=True,
-        output_loading_info=True,
-    )
-    if info["missing_keys"] or info["unexpected_keys"]:
-        raise ModelError(f"{folder}: keys missing or unknown: {[*info['missing_keys'], *info['unexpected_keys']][:3]}")
+    model: CLIPTextModel = from_pretrained(CLIPTextModel, folder / "text_encoder", dtype=dtype or torch.float32)
     return model.eval()

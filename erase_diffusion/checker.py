@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 THING_ENSEMBLE = ("{s}", "a picture of {s}", "there is {s}", "here we see {s}")
 NOTHING = ("nothing", "a shapeless blob", "an unfinished smudge", "a picture of nothing")
+NOTHING_THERE = ""  # the name of an attribute question's answer that there is nothing to have one
 MAX_PAIRED = 24  # beyond this many things, pairs are formed only with those named to `things`
 
 
@@ -137,11 +138,11 @@ class CLIPChecker:
         return [*NOTHING, *(phrase for phrases in self.vocabulary.alone.values() for phrase in phrases)]
 
     def attributes(self, embeddings: Tensor, extra: str | None = None) -> dict[str, Tensor]:
-        """Probability (n,) of each attribute, with nothing in the picture as one more answer."""
+        """Probability (n,) of each attribute, and under `NOTHING_THERE` of nothing that could have one."""
         names = list(dict.fromkeys((*self.vocabulary.attributes, *([extra] if extra else []))))
         wordings = [[f"something {n}", f"a {n} thing"] for n in names]
         p = self._probabilities(embeddings, [*wordings, self._nothing()])
-        return dict(zip(names, p.T, strict=False))
+        return dict(zip([*names, NOTHING_THERE], p.T, strict=True))
 
     def places(self, embeddings: Tensor) -> dict[str, Tensor]:
         """Probability (n,) of each place."""

@@ -42,9 +42,12 @@ class _Command(click.Command):
         except EraseDiffusionError as error:
             raise click.ClickException(_one_line(error)) from None
         except (KeyboardInterrupt, click.Abort):
-            click.echo("interrupted; nothing was written", err=True)
+            click.echo("interrupted; nothing half-written was left", err=True)
             ctx.exit(130)
-        except MemoryError:
+        except (MemoryError, RuntimeError) as error:
+            # torch.OutOfMemoryError, by name: torch is not imported before the usage is checked.
+            if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
+                raise
             raise click.ClickException("out of memory; nothing was written") from None
 
 
@@ -76,13 +79,14 @@ def _one_line(error: BaseException) -> str:
 @click.option(
     "--preserve",
     multiple=True,
-    help="A concept that must stay; may be repeated. Default: everything else in the model's vocabulary.",
+    help="An object or character that must stay; may be repeated. Default: everything else in the model's vocabulary. "
+    "Styles and colours are kept in any case.",
 )
 @click.option("--method", default=None, help="cliperase (default) or nullspace.")
 @click.option("--strength", type=float, help="From 0, the encoder as it is, to 1, the whole way. [default: 1]")
 @click.option("--steps", type=int, help="Training steps at most, for methods that train.")
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True)
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, mps, …")
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, …")
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "float16", "bfloat16"]),
@@ -136,7 +140,7 @@ def erase_concept(
 
     Writes a drop-in text encoder, a before/after picture, a record and a model card into one folder.
     """
-    # Usage is checked before torch is imported: a typo answers at once.
+    # Words are checked before torch is imported: a typo answers at once.
     from erase_diffusion.concepts import Concept
 
     given = [Concept(c, options["kind"], aliases, options["anchor"]) for c in concepts]
@@ -182,6 +186,8 @@ def _check_device(device: str) -> None:
     import torch
 
     try:
+        if torch.device(device).type not in ("cpu", "cuda"):
+            raise ConfigError(f"device {device!r} is not supported: give cpu, cuda, or cuda:1 and so on")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ConfigError(f"device {device!r} cannot be used here: {_one_line(error).split('. ')[0]}") from None
@@ -272,6 +278,7 @@ def _print_summary(result: ErasedConcept, folder: Path) -> None:
         console.print(table)
         c = v.calibration
         console.print(escape(f"judge: threshold {c.threshold:.3f}, false alarms {c.false_alarms}, misses {c.misses}"))
+        console.print("CLIP score of preserved prompts: {:.1f} before, {:.1f} after".format(*v.clip_score))
     if not result.verifications:
         console.print("not verified: nothing is claimed of this erasure")
     console.print(

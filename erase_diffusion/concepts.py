@@ -92,6 +92,7 @@ class Vocabulary:
     style_suffixes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     descriptions: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     empty_templates: tuple[str, ...] = ("{a}",)
+    held_out_empty_templates: tuple[str, ...] = ("{a}",)
     relations: tuple[str, ...] = ("{a} to the left of {b}", "{a} above {b}", "{a} next to {b}")
     is_held_out: Callable[[str, str, str], bool] | None = None
 
@@ -241,14 +242,21 @@ class PromptWriter:
     """Writes the prompts of one concept from a vocabulary; deterministic in its seed."""
 
     def __init__(
-        self, concept: Concept, vocabulary: Vocabulary, preserve: Mapping[str, tuple[str, ...]], seed: int = 0
+        self,
+        concept: Concept,
+        vocabulary: Vocabulary,
+        preserve: Mapping[str, tuple[str, ...]],
+        seed: int = 0,
+        erased_with: Sequence[Concept] = (),
     ):
+        """`erased_with`: concepts that go at the same time, whose styles and attributes no prompt asks to keep."""
         if concept.anchor is None:
             raise ConfigError(f"the concept {concept.name!r} has no anchor yet; resolve it first")
         if not preserve:
             raise ConfigError("nothing is left to preserve; name at least one concept with --preserve")
         self.concept, self.vocabulary, self.preserve, self.seed = concept, vocabulary, dict(preserve), seed
         self.name = canonical(concept, vocabulary)
+        self._gone = {(c.kind, canonical(c, vocabulary)) for c in (concept, *erased_with)}
 
     def _style(self, rng: random.Random, name: str | None) -> tuple[str, str]:
         """The phrase before “of” and the suffix for a style, None being the neutral one unsaid."""
@@ -270,8 +278,8 @@ class PromptWriter:
     def _context(self, rng: random.Random, thing: str, held_out: bool) -> tuple[str | None, str | None, str | None]:
         """An attribute, a place and a style, each said or not; said together, of the right side of the split."""
         v = self.vocabulary
-        styles = [s for s in v.styles if s != v.neutral_style and s != self.name]
-        attributes = [a for a in v.attributes if a != self.name or self.concept.kind != "attribute"]
+        styles = [s for s in v.styles if s != v.neutral_style and ("style", s) not in self._gone]
+        attributes = [a for a in v.attributes if ("attribute", a) not in self._gone]
         attribute = rng.choice(attributes) if attributes and rng.random() < 0.6 else None
         place = rng.choice(list(v.places)) if v.places and rng.random() < 0.6 else None
         style = rng.choice(styles) if styles and rng.random() < 0.4 else None
@@ -351,7 +359,8 @@ class PromptWriter:
         roll = rng.random()
         if roll < 0.08 and v.alone:
             where = rng.choice(list(v.alone))
-            text = sentence(rng.choice(v.empty_templates), a=rng.choice(v.alone[where]), style=phrase, suffix=suffix)
+            empty = v.held_out_empty_templates if held_out else v.empty_templates
+            text = sentence(rng.choice(empty), a=rng.choice(v.alone[where]), style=phrase, suffix=suffix)
             return Prompt(text, "empty", (), None, where, style)
         if roll < 0.14:
             said = subject("something", attribute) if attribute else "a thing"

@@ -33,7 +33,7 @@ from erase_diffusion.concepts import (
     says,
 )
 from erase_diffusion.erasers import ERASERS, Erasure
-from erase_diffusion.errors import ConfigError
+from erase_diffusion.errors import ConfigError, DataError
 from erase_diffusion.generation import draw, noise_seeds
 from erase_diffusion.imagefolder import ImageFolder, read_image_folder
 from erase_diffusion.metrics import Limits
@@ -114,7 +114,7 @@ def resolve_anchor(
     return dataclasses.replace(concept, anchor=candidates[int((centred[1:] @ centred[0]).argmax())])
 
 
-def method_config(method: str, model: Model, **given: Any) -> Any:
+def method_config(method: str, **given: Any) -> Any:
     """The config of a method with what was given; a setting that the method doesn't have is refused by name."""
     if method not in ERASERS:
         raise ConfigError(f"unknown method {method!r}: give one of {', '.join(ERASERS)}")
@@ -124,8 +124,6 @@ def method_config(method: str, model: Model, **given: Any) -> Any:
     unknown = sorted(set(given) - fields)
     if unknown:
         raise ConfigError(f"{method} has no setting {unknown[0]!r}; it has {', '.join(sorted(fields))}")
-    if "learning_rate" in fields:
-        given.setdefault("learning_rate", model.spec.learning_rate)
     return config_class(**given)
 
 
@@ -162,13 +160,16 @@ def erase_concept(
 
     Raises ConfigError, ModelError, DataError, and NothingToEraseError when the model never draws the concept.
     """
+    given_settings = {"strength": strength, "steps": steps, **(settings or {})}
+    config = method_config(method, **given_settings)  # before anything is fetched
     loaded = Model(model, device=device, dtype=dtype) if isinstance(model, str) else model
+    if hasattr(config, "learning_rate") and "learning_rate" not in given_settings:
+        config = dataclasses.replace(config, learning_rate=loaded.spec.learning_rate)
     vocabulary = loaded.vocabulary
     given = [concept] if isinstance(concept, (str, Concept)) else list(concept)
     if not given:
         raise ConfigError("no concept given; name at least one to erase")
     concepts = [c if isinstance(c, Concept) else Concept(c, kind, tuple(aliases), anchor) for c in given]
-    config = method_config(method, loaded, **{"strength": strength, "steps": steps, **(settings or {})})
     eraser = ERASERS[method][0](config)
     concepts = [resolve_concept(c, vocabulary) for c in concepts]
     words = [[w for other in concepts if other is not c for w in other.words] for c in concepts]
@@ -189,8 +190,10 @@ def erase_concept(
         anchored = resolve_anchor(one, vocabulary, keep, encoder, erased_words)
         if anchored.anchor and normalise(anchored.anchor) in erased_words:
             raise ConfigError(f"{one.name!r} cannot become {anchored.anchor!r}, which is to be erased as well")
-        writers.append(PromptWriter(anchored, vocabulary, keep, seed))
+        others = [c for c in concepts if c is not one]
+        writers.append(PromptWriter(anchored, vocabulary, keep, seed, others))
     concepts = [w.concept for w in writers]
+    _check_captions(own, concepts, encoder)
 
     verifier, calibrations = None, []
     if verify:
@@ -295,9 +298,29 @@ def _own_images(
     first = concepts[0]
     caption = f"a picture in {first.name} style" if first.kind == "style" else article(first.name)
     return _OwnImages(
-        read_image_folder(Path(forget), default_caption=caption, skip_bad=skip_bad) if forget else None,
+        # Of several concepts a picture without a caption could show any.
+        read_image_folder(Path(forget), default_caption=caption if len(concepts) == 1 else None, skip_bad=skip_bad)
+        if forget
+        else None,
         read_image_folder(Path(retain), default_caption=None, skip_bad=skip_bad) if retain else None,
     )
+
+
+def _check_captions(own: _OwnImages, concepts: Sequence[Concept], encoder: TextEncoder) -> None:
+    """Raise DataError for a forget caption that is cut off before the concept and a retain caption that names it."""
+    for caption, _ in own.forget.items if own.forget else ():
+        if torch.equal(*encoder.tokenize([caption, _to_anchor(caption, concepts)])):
+            raise DataError(
+                f"--forget-images: the caption {caption[:60]!r} names the concept only after the encoder's last "
+                "position; shorten it"
+            )
+    for caption, _ in own.retain.items if own.retain else ():
+        named = [w for c in concepts for w in c.words if says(caption, w)]
+        if named:
+            raise DataError(
+                f"--retain-images: the caption {caption[:60]!r} names {named[0]!r}, which is to be erased; take the "
+                "picture out, or caption what else it shows"
+            )
 
 
 @dataclass
@@ -366,8 +389,10 @@ def _to_anchor(caption: str, concepts: Sequence[Concept]) -> str:
     """The caption with every erased word replaced by its anchor; a caption without any becomes the anchor itself."""
     text = normalise(caption)
     for concept in concepts:
+        anchor = (concept.anchor or "thing").replace("\\", "")
         for word in sorted(concept.words, key=len, reverse=True):
-            text = re.sub(rf"\b{re.escape(normalise(word))}\b", lambda _: concept.anchor or "", text)  # noqa: B023
+            # With its plural, as `says` has it.
+            text = re.sub(rf"\b{re.escape(normalise(word))}(s?)\b", rf"{anchor}\1", text)
     return text if text != normalise(caption) else article(concepts[0].anchor or "thing")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 from dataclasses import dataclass
@@ -56,6 +57,13 @@ def read_image_folder(folder: Path, *, default_caption: str | None, skip_bad: bo
     return ImageFolder(tuple(items), len(problems))
 
 
+def _inside(folder: Path, name: str) -> bool:
+    try:
+        return (folder / name).resolve().is_relative_to(folder.resolve())
+    except (OSError, ValueError):  # a NUL, half a surrogate pair, links in a circle, a name too long
+        return False
+
+
 def _entries(folder: Path, default_caption: str | None) -> list[tuple[str, str, str, str | None]]:
     """(where, file name, caption, problem) of every entry."""
     metadata = folder / "metadata.jsonl"
@@ -67,23 +75,24 @@ def _entries(folder: Path, default_caption: str | None) -> list[tuple[str, str, 
         names = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
         return [("", name, default_caption, None) for name in names]
     try:
-        lines = metadata.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{metadata} cannot be read as UTF-8 text: {error}") from error
+        lines = metadata.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
+    except OSError as error:
+        raise DataError(f"{metadata} cannot be read: {error}") from error
     entries: list[tuple[str, str, str, str | None]] = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         where = f"{metadata}, line {number}: "
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            entries.append((where, "", "", f"no JSON ({error.msg})"))
+            row = json.loads(line.decode("utf-8"))
+        except (ValueError, RecursionError) as error:
+            # Not UTF-8, no JSON, a number of thousands of digits, or brackets nested without end.
+            entries.append((where, "", "", f"no JSON ({str(error)[:80]})"))
             continue
         name, text = (row.get("file_name"), row.get("text")) if isinstance(row, dict) else (None, None)
         if not isinstance(name, str) or not isinstance(text, str) or not text.strip():
             entries.append((where, "", "", "an entry needs 'file_name' and a non-empty 'text'"))
-        elif "\0" in name or not (folder / name).resolve().is_relative_to(folder.resolve()):
+        elif not _inside(folder, name):
             entries.append((where, "", "", f"{name!r} leads out of the folder"))
         else:
             entries.append((where, name, text, None))

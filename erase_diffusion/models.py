@@ -116,8 +116,8 @@ class Model:
 
         folder = self.folder / "text_encoder"
         dtype = check_weights(folder)
-        model = _from_pretrained(CLIPTextModel, folder, dtype=torch.float32)
-        tokenizer = _from_pretrained(CLIPTokenizer, self.folder / "tokenizer")
+        model = from_pretrained(CLIPTextModel, folder, dtype=torch.float32)
+        tokenizer = from_pretrained(CLIPTokenizer, self.folder / "tokenizer")
         if len(tokenizer) != model.config.vocab_size:
             # transformers makes up an almost empty tokenizer where the files are missing.
             raise ModelError(
@@ -162,8 +162,8 @@ class Model:
 
         folder = _local(source)
         check_weights(folder)
-        model = _from_pretrained(CLIPModel, folder, dtype=torch.float32).eval().to(self.device)
-        return model, _from_pretrained(CLIPTokenizer, folder), _from_pretrained(CLIPImageProcessor, folder)
+        model = from_pretrained(CLIPModel, folder, dtype=torch.float32).eval().to(self.device)
+        return model, from_pretrained(CLIPTokenizer, folder), from_pretrained(CLIPImageProcessor, folder)
 
     def painter(self) -> StableDiffusionPipeline:
         """UNet, VAE and scheduler as a stock pipeline without text encoder or safety checker: it takes embeddings."""
@@ -173,14 +173,15 @@ class Model:
             check_weights(self.folder / part)
         entry = self.index.get("scheduler")
         scheduler = getattr(diffusers, str(entry[1]), None) if isinstance(entry, list) and len(entry) == 2 else None
-        if scheduler is None or not hasattr(scheduler, "from_pretrained"):
+        # Nothing but a scheduler: other classes load weights, pickled ones too, and run the folder's code.
+        if not (isinstance(scheduler, type) and issubclass(scheduler, diffusers.SchedulerMixin)):
             raise ModelError(f"{self.folder / 'model_index.json'}: diffusers has no scheduler {entry!r}")
         pipe = diffusers.StableDiffusionPipeline(
-            vae=_from_pretrained(diffusers.AutoencoderKL, self.folder / "vae", torch_dtype=self.dtype),
+            vae=from_pretrained(diffusers.AutoencoderKL, self.folder / "vae", torch_dtype=self.dtype),
             text_encoder=None,
             tokenizer=None,
-            unet=_from_pretrained(diffusers.UNet2DConditionModel, self.folder / "unet", torch_dtype=self.dtype),
-            scheduler=_from_pretrained(scheduler, self.folder / "scheduler"),
+            unet=from_pretrained(diffusers.UNet2DConditionModel, self.folder / "unet", torch_dtype=self.dtype),
+            scheduler=from_pretrained(scheduler, self.folder / "scheduler"),
             # It would blacken the very images that a verification must see.
             safety_checker=None,
             feature_extractor=None,
@@ -202,7 +203,10 @@ def _local(source: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.txt", "*/*.json", "*/*.txt", "model.safetensors", "*/*.safetensors"]
+    # Of a pipeline the five parts that are used, in one precision; of a CLIP all that lies at the top.
+    files = ("*.json", "*.txt", "model.safetensors", "diffusion_pytorch_model.safetensors")
+    parts = ("", "text_encoder/", "tokenizer/", "unet/", "vae/", "scheduler/")
+    patterns = [part + file for part in parts for file in files]
     try:
         return Path(snapshot_download(source, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
@@ -216,8 +220,8 @@ def read_json(path: Path, wanted: str = "a model in the diffusers layout") -> di
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelError(f"{path} is missing: the folder is not {wanted}") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ModelError(f"{path} cannot be read as JSON: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path} cannot be read as JSON: {str(error)[:120]}") from error
     if not isinstance(value, dict):
         raise ModelError(f"{path} must hold a JSON object, it holds a {type(value).__name__}")
     return value
@@ -250,7 +254,7 @@ def check_weights(folder: Path) -> torch.dtype:
     return dtype
 
 
-def _from_pretrained(cls: Any, folder: Path, **options: Any) -> Any:
+def from_pretrained(cls: Any, folder: Path, **options: Any) -> Any:
     """`from_pretrained` from a local folder; missing weights are an error, where the libraries only warn."""
     is_model = issubclass(cls, torch.nn.Module)
     if is_model:

@@ -95,5 +95,6 @@ PHOTOGRAPHS = Vocabulary(
     ),
     held_out_templates=("{y} with {s} in it{p}", "there is {s}{p}", "{y} in which we see {s}{p}", "look, {s}{p}"),
     empty_templates=("{a}", "{y} of {a}"),
+    held_out_empty_templates=("there is {a}", "{y} in which we see {a}"),
     relations=("{a} to the left of {b}", "{a} next to {b}", "{a} and {b}", "{a} in front of {b}"),
 )

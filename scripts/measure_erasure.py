@@ -115,7 +115,7 @@ def main(
             output.parent.mkdir(parents=True, exist_ok=True)
             output.with_suffix(".tmp").write_text(json.dumps(kept, indent=1, ensure_ascii=False))
             os.replace(output.with_suffix(".tmp"), output)
-    names = ["before", *COLUMNS, "anchor", "verdict"]
+    names = ["before", *COLUMNS, "false alarms", "anchor", "verdict"]
     click.echo(f"| {method} | " + " | ".join(names) + " |\n|" + "---|" * (len(names) + 1))
     for text in concepts:
         click.echo(f"| {text.replace(':', ', ')} | " + " | ".join(shown(rows[text][c]) for c in names) + " |")
@@ -127,8 +127,8 @@ def main(
         shares = [f / n for f, n in (v for v in values if v) if n]
         return f"{statistics.median(shares):.1%}" if shares else "–"
 
-    click.echo("| **median** | " + " | ".join(median(c) for c in ("before", *COLUMNS)) + " | | |")
-    click.echo("| bar | ≥ 95 % | " + " | ".join(COLUMNS.values()) + " | | |")
+    click.echo("| **median** | " + " | ".join(median(c) for c in ("before", *COLUMNS, "false alarms")) + " | | |")
+    click.echo("| bar | ≥ 95 % | " + " | ".join(COLUMNS.values()) + " | ≤ 1 % | | |")
 
 
 if __name__ == "__main__":

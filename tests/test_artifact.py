@@ -162,6 +162,29 @@ def test_a_full_disk_leaves_nothing_half_written(
         load_erased_text_encoder(target)  # the old one is still whole
 
 
+def test_parents_that_were_made_go_with_a_failure(
+    drop_in: DropIn, encoder: TextEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_args: object, **_kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(artifact, "save_file", full)
+    with pytest.raises(OutputError, match="No space left"):
+        save_drop_in(tmp_path / "new" / "deep" / "out", encoder, drop_in[2], "", None, overwrite=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_overwriting_through_a_link_replaces_what_it_points_to(
+    copy: Path, drop_in: DropIn, encoder: TextEncoder
+) -> None:
+    link = copy.parent / "link"
+    link.symlink_to(copy)
+    save_drop_in(link, encoder, drop_in[2], "new", None, overwrite=True)
+    assert link.is_symlink()
+    assert (copy / "README.md").read_text() == "new"
+    assert sorted(p.name for p in copy.parent.iterdir()) == ["copy", "link"]
+
+
 def test_broken_weights_are_not_saved(drop_in: DropIn, encoder: TextEncoder, tmp_path: Path) -> None:
     broken = encoder.copy()
     with torch.no_grad():

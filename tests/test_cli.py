@@ -123,6 +123,26 @@ def test_bad_image_folders(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("option", "text", "message"),
+    [
+        ("--forget-images", "on the grass " * 12 + "there is a cat", "last position"),
+        ("--retain-images", "two cats on a sofa", "names 'cat'"),
+    ],
+)
+def test_captions_that_do_not_fit_the_concept(option: str, text: str, message: str, tmp_path: Path) -> None:
+    from PIL import Image
+
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    Image.new("RGB", (64, 64), "red").save(mine / "a.png")
+    (mine / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": text}))
+    run = run_cli("--concept", "cat", option, "mine", "--no-verify", "--output", "out", cwd=tmp_path)
+    assert run.code == 1
+    assert message in last_line(run.err)
+    assert not (tmp_path / "out").exists()
+
+
 def test_own_images_are_used_and_bad_ones_counted(tmp_path: Path) -> None:
     import random
 
@@ -172,7 +192,7 @@ def test_ctrl_c_during_training_is_clean(tmp_path: Path) -> None:
             break
     seen += process.stderr.readlines()
     assert process.wait(timeout=60) == 130, seen
-    assert "interrupted; nothing was written" in seen[-1]
+    assert "interrupted; nothing half-written was left" in seen[-1]
     assert "Traceback" not in "".join(seen)
     assert list(tmp_path.iterdir()) == []
 

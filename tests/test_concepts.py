@@ -8,6 +8,7 @@ import pytest
 
 from erase_diffusion.concepts import (
     Concept,
+    Prompt,
     PromptSets,
     PromptWriter,
     article,
@@ -149,6 +150,17 @@ def test_what_is_erased_is_not_asked_to_stay(concept: Concept) -> None:
     # Control: what stands around it is.
     assert any(p.attribute for p in prompts)
     assert any(p.place for p in prompts)
+
+
+def test_what_goes_at_the_same_time_is_not_asked_to_stay_either() -> None:
+    crayon, red = Concept("crayon", "style"), Concept("red", "attribute")
+    alone = writer(CONCEPTS[0])
+    both = PromptWriter(alone.concept, V, alone.preserve, 0, (crayon, red))
+    for w, expected in ((alone, True), (both, False)):
+        asked = [*w.verification_prompts(48), *(Prompt(p, "") for _, p in w.training_sets(200, 200).forget)]
+        said = " ".join(p.text for p in asked)
+        assert says(said, "crayon") is expected
+        assert says(said, "red") is expected
 
 
 def test_training_and_verification_use_their_side_of_the_combinations() -> None:

@@ -49,6 +49,9 @@ def test_captions_can_be_compulsory(tmp_path: Path) -> None:
     [
         ("{broken", r"metadata\.jsonl, line 2: no JSON"),
         ("[1, 2]", "line 2: an entry needs"),
+        ("[" * 100_000, "line 2: no JSON"),
+        ('{"file_name": ' + "1" * 5000 + "}", "line 2: no JSON"),
+        ('{"file_name": "\\ud800.png", "text": "x"}', "line 2: .*leads out of the folder"),
         ('{"file_name": "b.png"}', "line 2: an entry needs"),
         ('{"file_name": "b.png", "text": "  "}', "line 2: an entry needs"),
         ('{"file_name": "../../etc/passwd", "text": "x"}', "leads out of the folder"),
@@ -62,6 +65,17 @@ def test_a_bad_line_is_named_or_skipped(tmp_path: Path, line: str, message: str)
     read = read_image_folder(folder, default_caption="x", skip_bad=True)
     assert len(read.items) == 1
     assert read.skipped == 1
+
+
+def test_a_line_that_is_not_utf8_is_named_and_the_rest_read(tmp_path: Path) -> None:
+    folder = make(tmp_path / "f", [])
+    (folder / "metadata.jsonl").write_bytes(
+        b"\xef\xbb\xbf" + GOOD.encode() + b'\n{"file_name": "b.png", "text": "\xff"}\n'
+    )
+    with pytest.raises(DataError, match="line 2: no JSON"):
+        read_image_folder(folder, default_caption="x")
+    read = read_image_folder(folder, default_caption="x", skip_bad=True)
+    assert [c for c, _ in read.items] == ["a cat"]
 
 
 def test_a_corrupt_image_is_named(tmp_path: Path) -> None:

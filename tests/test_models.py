@@ -149,7 +149,10 @@ def test_a_missing_tokenizer_is_an_error_not_an_empty_one(folder: Path) -> None:
         Model(str(folder)).text_encoder()
 
 
-@pytest.mark.parametrize("scheduler", [None, ["diffusers", "NoSuchScheduler"], "x"])
+@pytest.mark.parametrize(
+    "scheduler",
+    [None, ["diffusers", "NoSuchScheduler"], ["diffusers", "DiffusionPipeline"], ["diffusers", "AutoencoderKL"], "x"],
+)
 def test_a_strange_scheduler_is_named(folder: Path, scheduler: object) -> None:
     index = json.loads((folder / "model_index.json").read_text()) | {"scheduler": scheduler}
     (folder / "model_index.json").write_text(json.dumps(index))

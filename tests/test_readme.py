@@ -11,7 +11,6 @@ import pytest
 from conftest import ROOT, Run, draws_well
 
 from erase_diffusion.erasers import ERASERS
-from erase_diffusion.mini.vocabulary import WEIGHTS
 from erase_diffusion.models import MODELS
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -36,7 +35,6 @@ def test_the_first_command_is_the_main_job(erased_cat: tuple[Path, Run, dict[str
 @pytest.mark.parametrize("code", blocks("python"))
 def test_the_code_runs_as_it_stands(code: str, drop_in: tuple[Path, Run, dict[str, object]], tmp_path: Path) -> None:
     (tmp_path / "erased-cat").symlink_to(drop_in[0])
-    code = code.replace("BASE", repr(str(WEIGHTS / "pipeline")))
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
 

@@ -24,13 +24,12 @@ class Erasure:
     """An erased encoder and how it came about.
 
     parameters: every setting of the method.  history: one dict of losses per evaluation (empty for closed forms).
-    stopped: why the method ended, in words.  seconds: its wall time, drawing of images included.
+    stopped: why the method ended, in words.
     """
 
     encoder: TextEncoder
     method: str
     parameters: dict[str, Any]
-    seconds: float
     stopped: str
     history: tuple[dict[str, float], ...] = field(default=())
 

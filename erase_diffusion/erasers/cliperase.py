@@ -8,7 +8,6 @@ zero this is the paper's form. The image tower is frozen, so its features are co
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import ClassVar, Literal
@@ -82,7 +81,8 @@ class CLIPEraseConfig:
     """Weights and schedule.
 
     retention, forgetting, consistency: the paper's λ1, λ2, λ3.
-    sequence_forgetting, sequence_retention: weights of the two terms over all positions; 0 and 0 is the paper.
+    sequence_forgetting, sequence_retention: weights of the two terms over all positions; the paper
+    has neither (0 and 0, with `forgetting_form` "raw").
     forgetting_form: "cosine", or the paper's "raw" dot product.
     strength: 0 leaves the encoder as it is, 1 moves it the whole way; between, the weights are blended.
     steps: at most; patience: evaluations without improvement on the held-out prompts before it stops.
@@ -129,7 +129,6 @@ class CLIPErase:
         progress: Progress = silent,
     ) -> Erasure:
         """Erase from a copy of `encoder`. Raises ConfigError when no forget or no retain prompt has an image."""
-        started = time.perf_counter()
         config, rng = self.config, random.Random(f"cliperase {seed}")
         torch.manual_seed(seed)
         work = encoder.copy()
@@ -180,7 +179,6 @@ class CLIPErase:
             work,
             self.name,
             asdict(config),
-            time.perf_counter() - started,
             f"{stopped}; kept step {best_step}",
             tuple(history),
         )

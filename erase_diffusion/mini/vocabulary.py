@@ -26,6 +26,7 @@ def vocabulary() -> Vocabulary:
         templates=SUBJECT_TEMPLATES["train"],
         held_out_templates=SUBJECT_TEMPLATES["test"],
         empty_templates=EMPTY_TEMPLATES["train"],
+        held_out_empty_templates=EMPTY_TEMPLATES["test"],
         is_held_out=is_held_out,
         relations=tuple(phrase for phrases in RELATION_PHRASES.values() for phrase in phrases),
     )

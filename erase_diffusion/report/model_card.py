@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,9 +13,9 @@ _CARD = """\
 library_name: diffusers
 tags: [concept-erasure, text-encoder, stable-diffusion]
 ---
-# {{ names|join(', ') }}: erased from the text encoder of {{ record.source.model }}
+# {{ names|join(', ') }}: erased from the text encoder of {{ record.source.model|cell }}
 
-A drop-in CLIP text encoder for `{{ record.source.model }}`, made by erase-diffusion with the method
+A drop-in CLIP text encoder for `{{ record.source.model|cell }}`, made by erase-diffusion with the method
 `{{ record.method }}` (seed {{ record.parameters.seed }}). UNet, VAE and tokenizer are the source's own.
 
 | concept | kind | removed with it | becomes |
@@ -27,12 +28,15 @@ A drop-in CLIP text encoder for `{{ record.source.model }}`, made by erase-diffu
 ```python
 from diffusers import StableDiffusionPipeline
 from transformers import CLIPTextModel
+{%- if record.source.model == "mini" %}
+from erase_diffusion.mini.vocabulary import WEIGHTS  # where the embedded model lies
+{%- endif %}
 
 text_encoder = CLIPTextModel.from_pretrained("THIS_FOLDER", subfolder="text_encoder")
-pipe = StableDiffusionPipeline.from_pretrained("{{ record.source.load_from }}", text_encoder=text_encoder)
+pipe = StableDiffusionPipeline.from_pretrained({{ base }}, text_encoder=text_encoder)
 ```
 
-With erase-diffusion, `load_erased_text_encoder("THIS_FOLDER", base="{{ record.source.model }}")` also checks
+With erase-diffusion, `load_erased_text_encoder("THIS_FOLDER", base={{ record.source.model|literal|cell }})` also checks
 that the base is the one this was made from.
 
 ## Evidence
@@ -41,6 +45,7 @@ that the base is the one this was made from.
 {{ v.rule|cell }}.
 The judge is a separate CLIP (threshold {{ '%.3f'|format(v.checker.threshold) }},
 false alarms {{ v.checker.false_alarms|rate }}, misses {{ v.checker.misses|rate }}). Intervals are Wilson's at 95 %.
+Mean CLIP score of preserved prompts: {{ v.clip_score_preserved.before }}, after it {{ v.clip_score_preserved.after }}.
 
 | prompts | found by the original | found after the erasure |
 |---|---|---|
@@ -80,6 +85,8 @@ def model_card(record: Mapping[str, Any]) -> str:
     """The card of an `erasure.json` record, as Markdown."""
     # Markdown, not HTML: what comes from the user goes through `cell`, which escapes for both.
     environment = Environment(autoescape=False, keep_trailing_newline=True)  # noqa: S701
-    environment.filters |= {"rate": _rate, "cell": _cell}
+    environment.filters |= {"rate": _rate, "cell": _cell, "literal": json.dumps}
     names = [_cell(c["name"]) for c in record["concepts"]]
-    return environment.from_string(_CARD).render(record=record, names=names)
+    source = record["source"]
+    base = 'WEIGHTS / "pipeline"' if source["model"] == "mini" else json.dumps(source["load_from"])
+    return environment.from_string(_CARD).render(record=record, names=names, base=base)
