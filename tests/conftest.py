@@ -70,15 +70,6 @@ def missed_bars() -> list[str]:
     return missed + ([f"{quality['seconds_64']:.1f} s for 64 images"] if quality["seconds_64"] > 40 else [])
 
 
-def _needs(missed: list[str]) -> pytest.MarkDecorator:
-    return pytest.mark.skipif(bool(missed), reason=f"mini is still in training: {'; '.join(missed)[:160]}")
-
-
-# What pictures show can be asked only of a judge that sees and a model that draws; the rest of the suite asks the rest.
-judges_well = _needs([m for m in missed_bars() if m.startswith(("judge", "it was not"))])
-draws_well = _needs(missed_bars())
-
-
 @pytest.fixture(scope="session")
 def drop_in(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Run, dict[str, Any]]:
     """A drop-in made through the command line, unverified, once for the whole session: folder, process, record."""

@@ -7,7 +7,6 @@ import random
 import numpy as np
 import pytest
 import torch
-from conftest import judges_well
 
 from erase_diffusion.checker import CLIPChecker, calibrate
 from erase_diffusion.errors import ConfigError, ModelError
@@ -23,7 +22,6 @@ def pictures(scenes: list[Scene], seed: int = 0) -> np.ndarray:
     return np.stack([np.asarray(draw_scene(s, rng)) for s in scenes])
 
 
-@judges_well
 def test_finds_what_is_drawn_and_not_what_is_not(checker: CLIPChecker) -> None:
     rng = random.Random(11)
     scenes = [sample_scene(rng, "test", things=1) for _ in range(100)]
@@ -34,7 +32,6 @@ def test_finds_what_is_drawn_and_not_what_is_not(checker: CLIPChecker) -> None:
     assert np.mean(absent) < 0.02
 
 
-@judges_well
 def test_finds_both_of_two(checker: CLIPChecker) -> None:
     rng = random.Random(12)
     scenes = [sample_scene(rng, "test", things=2) for _ in range(60)]
@@ -43,7 +40,6 @@ def test_finds_both_of_two(checker: CLIPChecker) -> None:
     assert np.mean(both) > 0.85
 
 
-@judges_well
 def test_finds_nothing_in_blobs_and_empty_scenes(checker: CLIPChecker) -> None:
     rng = random.Random(13)
     images = [np.asarray(draw_malformed(sample_scene(rng, "test", things=1), rng)) for _ in range(40)]
@@ -53,7 +49,6 @@ def test_finds_nothing_in_blobs_and_empty_scenes(checker: CLIPChecker) -> None:
     assert (things.amax(0) >= 0.5).float().mean() < 0.2
 
 
-@judges_well
 def test_sees_colour_place_and_style(checker: CLIPChecker) -> None:
     scene = Scene((Thing("car", "purple"),), "desert", "crayon")
     seen = checker.embed_images(pictures([scene] * 8))
@@ -79,7 +74,6 @@ def test_the_generators_own_tower_is_refused(mini: Model, checker: CLIPChecker, 
     checker.refuse_generator(encoder)  # control: the real judge passes
 
 
-@judges_well
 def test_clip_score_prefers_the_true_caption(checker: CLIPChecker) -> None:
     image = checker.embed_images(pictures([Scene((Thing("boat", "red"),), "sea", "plain")]))
     true, wrong = (

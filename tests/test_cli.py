@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, draws_well, run_cli
+from conftest import ROOT, run_cli
 from safetensors.torch import load_file, save_file
 
 from erase_diffusion.mini.vocabulary import WEIGHTS
@@ -52,7 +52,6 @@ def test_bad_usage_is_one_line_and_exit_code_2(arguments: list[str], message: st
     assert list(tmp_path.iterdir()) == []
 
 
-@draws_well
 def test_a_concept_that_is_never_drawn_is_said_before_any_training(tmp_path: Path) -> None:
     run = run_cli("--concept", "submarine", "--images", "24", cwd=tmp_path)
     assert run.code == 1

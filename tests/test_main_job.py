@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from conftest import Run, draws_well
+from conftest import Run
 from PIL import Image
 
 from erase_diffusion.artifact import load_erased_text_encoder
@@ -17,7 +17,6 @@ from erase_diffusion.models import Model
 from erase_diffusion.text_encoder import TextEncoder
 
 ErasedCat = tuple[Path, Run, dict[str, Any]]
-pytestmark = draws_well
 
 
 def test_the_cat_is_removed_and_the_exit_code_says_so(erased_cat: ErasedCat) -> None:

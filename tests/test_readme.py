@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Run, draws_well
+from conftest import ROOT, Run
 
 from erase_diffusion.erasers import ERASERS
 from erase_diffusion.models import MODELS
@@ -25,7 +25,6 @@ def test_ci_runs_the_readmes_test_command() -> None:
     assert command in (ROOT / ".ci" / "run").read_text()
 
 
-@draws_well
 def test_the_first_command_is_the_main_job(erased_cat: tuple[Path, Run, dict[str, object]]) -> None:
     command = blocks("bash")[0]
     assert "erase-concept --concept cat --model mini" in command
