@@ -184,7 +184,10 @@ def says(phrase: str, word: str) -> bool:
 
 
 def resolve_concept(concept: Concept, vocabulary: Vocabulary) -> Concept:
-    """Add the aliases that the vocabulary knows, and spell a known word as it does ("Cat" is no proper name)."""
+    """Add the aliases that the vocabulary knows, and spell a known word as it does ("Cat" is no proper name).
+
+    Raises ConfigError for a word that it knows only as another kind: erased as an object, a style would stay.
+    """
     known = vocabulary.of_kind(concept.kind)
     for name, words in known.items():
         spelt = {normalise(w): w for w in (*words, name)}
@@ -195,6 +198,11 @@ def resolve_concept(concept: Concept, vocabulary: Vocabulary) -> Concept:
                 # “A crayon drawing” is no synonym of crayon: it says the word.
                 extra = tuple(w for w in extra if not says(w, concept.name))
             return replace(concept, aliases=tuple(dict.fromkeys((*concept.aliases, *extra))))
+    other = vocabulary.find(concept.name)
+    if other:
+        raise ConfigError(
+            f"{concept.name!r} is known as {article(other[0])}, not {article(concept.kind)}; pass --kind {other[0]}"
+        )
     return concept
 
 

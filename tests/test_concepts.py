@@ -60,6 +60,12 @@ def test_known_synonyms_become_aliases() -> None:
     assert resolve_concept(Concept("unicorn"), V).aliases == ()
 
 
+def test_a_word_of_another_kind_says_which() -> None:
+    with pytest.raises(ConfigError, match="known as a style, not an object; pass --kind style"):
+        resolve_concept(Concept("crayon"), V)
+    assert resolve_concept(Concept("orange", "attribute"), V).name == "orange"  # a fruit, and a colour too
+
+
 def test_a_concept_cannot_be_preserved_as_well() -> None:
     concept = resolve_concept(Concept("cat"), V)
     with pytest.raises(ConfigError, match="'kitty' is both"):
