@@ -78,8 +78,10 @@ def train_clip(stage: str, work: Path, minutes: float, device: str) -> None:
     ).to(device)
     run = Run(stage, work, minutes, torch.nn.ModuleDict({"clip": model, "heads": heads}))
     # The judge also learns what is no drawing of anything, so that it can answer 'none of these'.
-    malformed = IMAGES // 10 if stage == "judge" else 0
-    scenes, pictures, labels = draw_many(IMAGES, int(settings["seed"]), malformed)
+    # It learned its first 60,000 drawings by heart (99.8 % of their pairs) and 93 % of others: it gets more of them.
+    count = 3 * IMAGES if stage == "judge" else IMAGES
+    malformed = count // 10 if stage == "judge" else 0
+    scenes, pictures, labels = draw_many(count, int(settings["seed"]), malformed)
     mean = torch.tensor(CLIPImageProcessor().image_mean, device=device).view(1, 3, 1, 1)
     std = torch.tensor(CLIPImageProcessor().image_std, device=device).view(1, 3, 1, 1)
 
@@ -92,7 +94,7 @@ def train_clip(stage: str, work: Path, minutes: float, device: str) -> None:
         """Every other batch is of a few things only: to tell its pairs apart, both of a pair must be seen and read."""
         size = int(settings["batch"])
         if stage == "clip" or rng.random() < 0.5:
-            return [rng.randrange(IMAGES) for _ in range(size)]
+            return [rng.randrange(count) for _ in range(size)]
         few = sum(1 << i for i in rng.sample(range(len(NAMES)), 5))
         pairs = np.flatnonzero((shown > 0) & (shown & ~few == 0) & (shown & (shown - 1) > 0)).tolist()
         alone = np.flatnonzero((shown > 0) & (shown & ~few == 0)).tolist()
