@@ -115,9 +115,9 @@ def _one_line(error: BaseException) -> str:
     "--images",
     "images_per_group",
     type=click.IntRange(8, 2000),
-    default=40,
+    default=60,
     show_default=True,
-    help="Pictures drawn for each group of the verification.",
+    help="Pictures drawn for each group of the verification, and of the calibration.",
 )
 @click.option("--no-verify", is_flag=True, help="Only erase: no pictures, no verdict.")
 @click.option("--json", "as_json", is_flag=True, help="Print the record as JSON.")

@@ -433,8 +433,8 @@ class PromptWriter:
     def verification_prompts(self, per_group: int) -> list[Prompt]:
         """Prompts of the held-out templates and combinations: `per_group` of each group that can be filled.
 
-        Groups: named, synonym, described, two-object (the concept beside a kept object), preserved (twice as
-        many). Without an alias the named prompts are twice as many, so that the verdict rests on as many pictures.
+        Groups: named, synonym, described, two-object (the concept beside a kept object), preserved. Without an
+        alias the named prompts are twice as many, so that the verdict rests on as many pictures.
         """
         rng = random.Random(f"verify {self.seed}")
         v, kind = self.vocabulary, self.concept.kind
@@ -454,7 +454,7 @@ class PromptWriter:
                 said = relation.format(subject(self.concept.name, attribute if kind == "object" else None))
                 prompts.append(self._held_out(rng, "two-object", said, things, None, place, style))
         names = list(self.preserve)
-        for i in range(2 * per_group):
+        for i in range(per_group):
             # Every preserved concept in turn, so that none is left to chance.
             thing = names[i % len(names)]
             attribute, place, style = self._context(rng, thing, True)

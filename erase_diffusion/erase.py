@@ -146,7 +146,7 @@ def erase_concept(
     retain_images: str | Path | None = None,
     skip_bad: bool = False,
     verify: bool = True,
-    images_per_group: int = 40,
+    images_per_group: int = 60,
     limits: Limits | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> ErasedConcept:
@@ -156,7 +156,8 @@ def erase_concept(
     model: a name of `MODELS`, a folder, a hub id, or a loaded `Model`.
     settings: further fields of the method's config.
     forget_images, retain_images: folders of the user's own (imagefolder layout) instead of pictures drawn here.
-    images_per_group: pictures drawn for each group of the verification, and as many for its calibration.
+    images_per_group: pictures drawn for each group of the verification, and as many for its calibration. With 60 a
+    verdict bears a stray find of the judge: 1 of 120 named and synonym prompts ends under 5 %, 1 of 80 would not.
 
     Raises ConfigError, ModelError, DataError, and NothingToEraseError when the model never draws the concept.
     """
@@ -333,7 +334,7 @@ class _Pictures:
     clip: Any
     seed: int
     progress: Progress
-    drawn: int = 48
+    drawn: int = 32
 
     def features(
         self, sets: PromptSets, own: _OwnImages, concepts: Sequence[Concept]
