@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from erase_diffusion.concepts import PromptSets
-from erase_diffusion.erasers.base import Erasure, Progress, align_all, anchored_states, silent
+from erase_diffusion.erasers.base import Erasure, Progress, silent
+from erase_diffusion.erasers.training import Batches, Schedule, make_batches, pick, train
 from erase_diffusion.errors import ConfigError
 from erase_diffusion.text_encoder import TextEncoder
 
@@ -77,35 +78,24 @@ def sequence_forgetting_loss(states: Tensor, anchor: Tensor, apart: Tensor) -> T
 
 
 @dataclass(frozen=True)
-class CLIPEraseConfig:
-    """Weights and schedule.
+class CLIPEraseConfig(Schedule):
+    """Weights of the terms, beside the schedule.
 
     retention, forgetting, consistency: the paper's λ1, λ2, λ3.
     sequence_forgetting, sequence_retention: weights of the two terms over all positions; the paper
     has neither (0 and 0, with `forgetting_form` "raw").
     forgetting_form: "cosine", or the paper's "raw" dot product.
-    strength: 0 leaves the encoder as it is, 1 moves it the whole way; between, the weights are blended.
-    steps: at most; patience: evaluations without improvement on the held-out prompts before it stops.
     """
 
-    strength: float = 1.0
     retention: float = 1.0
     forgetting: float = 3.0
     consistency: float = 3.0
     sequence_forgetting: float = 10.0
     sequence_retention: float = 300.0
     forgetting_form: Literal["raw", "cosine"] = "cosine"
-    learning_rate: float = 1e-5
-    steps: int = 200
-    batch_size: int = 16
-    evaluate_every: int = 20
-    patience: int = 3
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.strength <= 1.0:
-            raise ConfigError(f"strength must lie in [0, 1], got {self.strength}")
-        if self.steps < 1:
-            raise ConfigError(f"steps must be at least 1, got {self.steps}")
+        super().__post_init__()
         if self.forgetting_form not in ("raw", "cosine"):
             raise ConfigError(f"forgetting_form must be raw or cosine, got {self.forgetting_form!r}")
 
@@ -128,140 +118,36 @@ class CLIPErase:
         seed: int = 0,
         progress: Progress = silent,
     ) -> Erasure:
-        """Erase from a copy of `encoder`. Raises ConfigError when no forget or no retain prompt has an image."""
-        config, rng = self.config, random.Random(f"cliperase {seed}")
-        torch.manual_seed(seed)
-        work = encoder.copy()
-        work.model.train().requires_grad_(True)
-        train = _Batch(encoder, sets.forget, sets.retain, images)
-        held_out = _Batch(encoder, sets.forget_held_out or sets.forget, sets.retain_held_out or sets.retain, images)
-        if not (config.sequence_forgetting or config.sequence_retention or held_out.pictured):
-            held_out = train  # the paper's form sees only what has a picture
-        variance = train.retain_states.flatten(0, 1).var(0).clamp_min(1e-6)
-        optimizer = torch.optim.Adam(work.model.parameters(), lr=config.learning_rate)
-
-        def objective(batch: _Batch, forget: list[int], retain: list[int]) -> dict[str, Tensor]:
-            return self._losses(work, batch, forget, retain, variance, rng)
-
-        best, best_loss, best_step, waited = None, float("inf"), 0, 0
-        history: list[dict[str, float]] = []
-        stopped = f"all {config.steps} steps done"
-        for step in range(1, config.steps + 1):
-            for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate * min(1.0, step / 10)
-            losses = objective(train, *train.sample(rng, config.batch_size))
-            optimizer.zero_grad(set_to_none=True)
-            losses["total"].backward()  # type: ignore[no-untyped-call]
-            torch.nn.utils.clip_grad_norm_(work.model.parameters(), 1.0)
-            optimizer.step()
-            if step % config.evaluate_every == 0 or step == config.steps:
-                with torch.no_grad():
-                    values = objective(held_out, *held_out.sample(random.Random(0), 64))
-                history.append({"step": step, **{k: float(v) for k, v in values.items()}})
-                total = history[-1]["total"]
-                if total < best_loss - 0.01 * abs(best_loss) or best is None:
-                    best_loss, best_step, waited = total, step, 0
-                    best = {k: v.detach().clone() for k, v in work.model.state_dict().items()}
-                else:
-                    waited += 1
-            progress(step, config.steps, f"held-out loss {history[-1]['total']:.3f}" if history else "")
-            if waited >= config.patience:
-                stopped = f"no better held-out loss for {waited} evaluations after step {best_step}"
-                break
-        assert best is not None
-        source = encoder.model.state_dict()
-        blended = {
-            k: torch.lerp(source[k], v, config.strength) if v.is_floating_point() else v for k, v in best.items()
-        }
-        work.model.load_state_dict(blended)
-        work.model.eval().requires_grad_(False)
-        return Erasure(
-            work,
-            self.name,
-            asdict(config),
-            f"{stopped}; kept step {best_step}",
-            tuple(history),
-        )
-
-    def _losses(
-        self,
-        work: TextEncoder,
-        batch: _Batch,
-        forget: list[int],
-        retain: list[int],
-        variance: Tensor,
-        rng: random.Random,
-    ) -> dict[str, Tensor]:
-        """The weighted sum under "total" and each term under its name, from one pass of the text tower."""
+        """Erase from a copy of `encoder`. Raises ConfigError when the loss stops being finite."""
         config = self.config
-        ids = torch.cat([batch.forget_ids[forget], batch.retain_ids[retain]])
-        states = work.hidden(ids)
-        text = work.project(work.pooled(states, ids))
-        n = len(forget)
-        pictured = [i for i, j in enumerate(forget) if batch.forget_images[j] is not None]
-        kept = [i for i, j in enumerate(retain) if batch.retain_images[j] is not None]
-        terms: dict[str, Tensor] = {}
-        if pictured:
-            image = torch.stack([_any(batch.forget_images[forget[i]], rng) for i in pictured])
-            terms["forgetting"] = forgetting_loss(text[:n][pictured], image, config.forgetting_form)
-        if len(kept) > 1:
-            image = torch.stack([_any(batch.retain_images[retain[i]], rng) for i in kept])
-            chosen = [retain[i] for i in kept]
-            terms["retention"] = retention_loss(text[n:][kept], image, work.logit_scale)
-            terms["consistency"] = consistency_loss(batch.retain_text[chosen], text[n:][kept], image, work.logit_scale)
-        if config.sequence_forgetting:
-            terms["sequence_forgetting"] = sequence_forgetting_loss(
-                states[:n], batch.anchor_states[forget], batch.apart[forget]
-            )
-        if config.sequence_retention:
-            terms["sequence_retention"] = sequence_retention_loss(states[n:], batch.retain_states[retain], variance)
-        total = torch.stack([getattr(config, name) * value for name, value in terms.items()]).sum()
-        return {"total": total, **terms}
+        # The paper's form sees only what has a picture.
+        paper = not (config.sequence_forgetting or config.sequence_retention)
+        batches = make_batches(encoder, sets, images, pictures_only=paper)
+        variance = batches[0].retain_states.flatten(0, 1).var(0).clamp_min(1e-6)
 
+        def losses(
+            work: TextEncoder, batch: Batches, forget: list[int], retain: list[int], rng: random.Random
+        ) -> dict[str, Tensor]:
+            ids = torch.cat([batch.forget_ids[forget], batch.retain_ids[retain]])
+            states = work.hidden(ids)
+            text = work.project(work.pooled(states, ids))
+            n = len(forget)
+            terms: dict[str, Tensor] = {}
+            pictured, image = pick(batch.forget_images, forget, rng)
+            if image is not None:
+                terms["forgetting"] = forgetting_loss(text[:n][pictured], image, config.forgetting_form)
+            kept, image = pick(batch.retain_images, retain, rng)
+            if image is not None and len(kept) > 1:
+                before = batch.retain_text[[retain[i] for i in kept]]
+                terms["retention"] = retention_loss(text[n:][kept], image, work.logit_scale)
+                terms["consistency"] = consistency_loss(before, text[n:][kept], image, work.logit_scale)
+            if config.sequence_forgetting:
+                terms["sequence_forgetting"] = sequence_forgetting_loss(
+                    states[:n], batch.anchor_states[forget], batch.apart[forget]
+                )
+            if config.sequence_retention:
+                terms["sequence_retention"] = sequence_retention_loss(states[n:], batch.retain_states[retain], variance)
+            total = torch.stack([getattr(config, name) * value for name, value in terms.items()]).sum()
+            return {"total": total, **terms}
 
-def _any(features: Tensor | None, rng: random.Random) -> Tensor:
-    assert features is not None
-    return features[rng.randrange(len(features))]
-
-
-class _Batch:
-    """Everything about the original that the loop reads, encoded once."""
-
-    def __init__(
-        self,
-        encoder: TextEncoder,
-        pairs: tuple[tuple[str, str], ...],
-        retain: tuple[str, ...],
-        images: Mapping[str, Tensor],
-    ):
-        prompts, anchors = [p for p, _ in pairs], [a for _, a in pairs]
-        self.forget_ids, self.retain_ids = encoder.tokenize(prompts), encoder.tokenize(retain)
-        anchor_ids = encoder.tokenize(anchors)
-        where = align_all(self.forget_ids, anchor_ids, encoder.end_of_text(self.forget_ids))
-        self.anchor_states = anchored_states(encoder.encode(anchors), where)
-        self.apart = (encoder.encode(prompts) - self.anchor_states).square().sum((1, 2))
-        self.retain_states = encoder.encode(retain)
-        with torch.no_grad():
-            self.retain_text = encoder.project(encoder.pooled(self.retain_states, self.retain_ids))
-        self.forget_images = [images.get(p) for p in prompts]
-        self.retain_images = [images.get(p) for p in retain]
-        self._retain_prompts = retain
-
-    @property
-    def pictured(self) -> bool:
-        """Whether both sides have prompts with an image."""
-        return all(any(i is not None for i in images) for images in (self.forget_images, self.retain_images))
-
-    def sample(self, rng: random.Random, size: int) -> tuple[list[int], list[int]]:
-        """Half of each batch with an image, half without where there are such, and always the empty prompt."""
-        return self._draw(rng, self.forget_images, size), [
-            *self._draw(rng, self.retain_images, size),
-            *([self._retain_prompts.index("")] if "" in self._retain_prompts else []),
-        ]
-
-    @staticmethod
-    def _draw(rng: random.Random, images: list[Tensor | None], size: int) -> list[int]:
-        pictured = [i for i, image in enumerate(images) if image is not None]
-        bare = [i for i, image in enumerate(images) if image is None]
-        chosen = rng.sample(pictured, min(size, len(pictured)))
-        return chosen + rng.sample(bare, min(size if chosen else 2 * size, len(bare)))
+        return train(self.name, encoder, batches, losses, config, seed=seed, progress=progress)
