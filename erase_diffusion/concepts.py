@@ -140,12 +140,14 @@ class PromptSets:
 
     forget: (prompt, anchor prompt) pairs.  retain: prompts that must keep their meaning, the empty one first.
     forget_held_out, retain_held_out: the same, of other sentences, for early stopping.
+    words: the words to forget, each with what it becomes.
     """
 
     forget: tuple[tuple[str, str], ...]
     retain: tuple[str, ...]
     forget_held_out: tuple[tuple[str, str], ...] = ()
     retain_held_out: tuple[str, ...] = ()
+    words: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         if not self.forget or not self.retain:
@@ -387,13 +389,14 @@ class PromptWriter:
     def training_sets(self, n_forget: int, n_retain: int, triggers: Sequence[str] = ()) -> PromptSets:
         """Forget pairs over all the concept's words (and mined `triggers`), retain prompts, and a held-out fifth."""
         rng = random.Random(f"train {self.seed}")
+        assert self.concept.anchor is not None
+        becomes = tuple((word, self.concept.anchor) for word in self.concept.words)
         # The bare words come first: the shortest prompts are the most common ones.
         forget: dict[str, str] = {}
         if self.concept.kind in ("object", "character"):
-            assert self.concept.anchor is not None
-            for word in self.concept.words:
-                forget[word] = self.concept.anchor
-                forget[article(word)] = article(self.concept.anchor)
+            for word, anchor in becomes:
+                forget[word] = anchor
+                forget[article(word)] = article(anchor)
         words = list(self.concept.words)
         for _ in range(20 * n_forget):
             if len(forget) >= n_forget:
@@ -411,7 +414,7 @@ class PromptWriter:
             retain[self._retain(rng, held_out=False).text] = None
         pairs, kept = list(forget.items()), list(retain)
         a, b = max(1, len(pairs) * 4 // 5), max(1, len(kept) * 4 // 5)
-        return PromptSets(tuple(pairs[:a]), tuple(kept[:b]), tuple(pairs[a:]), tuple(kept[b:]))
+        return PromptSets(tuple(pairs[:a]), tuple(kept[:b]), tuple(pairs[a:]), tuple(kept[b:]), becomes)
 
     def calibration_prompts(self, count: int) -> tuple[list[str], list[str], list[str]]:
         """`count` prompts each that name the concept, that name other things, and of empty scenes."""

@@ -278,6 +278,7 @@ def _prompt_sets(writers: Sequence[PromptWriter], encoder: TextEncoder) -> tuple
         clean([p for part in parts for p in part.retain]),
         tuple(pair for part in parts for pair in part.forget_held_out),
         clean([p for part in parts for p in part.retain_held_out]),
+        tuple(word for part in parts for word in part.words),
     ), triggers
 
 

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from erase_diffusion.erasers.cliperase import (
-    CLIPEraseConfig,
+from erase_diffusion.erasers.cliperase import CLIPEraseConfig
+from erase_diffusion.erasers.losses import (
     consistency_loss,
     forgetting_loss,
     retention_loss,

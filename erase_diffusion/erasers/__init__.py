@@ -6,11 +6,20 @@ from typing import Any
 
 from erase_diffusion.erasers.base import Eraser, Erasure
 from erase_diffusion.erasers.cliperase import CLIPErase, CLIPEraseConfig
+from erase_diffusion.erasers.contrastive import ContrastiveConfig, GradientAscent, GradientDifference, RetainFinetune
 from erase_diffusion.erasers.nullspace import Nullspace, NullspaceConfig
+from erase_diffusion.erasers.single_layer import SingleLayer, SingleLayerConfig
+from erase_diffusion.erasers.token_swap import TokenSwap, TokenSwapConfig
 
 ERASERS: dict[str, tuple[type[Any], type[Any]]] = {
     CLIPErase.name: (CLIPErase, CLIPEraseConfig),
     Nullspace.name: (Nullspace, NullspaceConfig),
+    # Baselines, to measure against.
+    TokenSwap.name: (TokenSwap, TokenSwapConfig),
+    SingleLayer.name: (SingleLayer, SingleLayerConfig),
+    GradientDifference.name: (GradientDifference, ContrastiveConfig),
+    GradientAscent.name: (GradientAscent, ContrastiveConfig),
+    RetainFinetune.name: (RetainFinetune, ContrastiveConfig),
 }
 
 __all__ = ["ERASERS", "CLIPErase", "CLIPEraseConfig", "Eraser", "Erasure", "Nullspace", "NullspaceConfig"]

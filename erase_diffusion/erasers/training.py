@@ -139,7 +139,7 @@ def train(
         loss = losses(work, training, *training.sample(rng, config.batch_size), rng)["total"]
         if not torch.isfinite(loss):
             raise ConfigError(
-                f"{name}: the loss is {float(loss)} at step {step}; try a lower learning rate than "
+                f"{name}: the loss is {loss.item()} at step {step}; try a lower learning rate than "
                 f"{config.learning_rate}"
             )
         optimizer.zero_grad(set_to_none=True)
