@@ -140,7 +140,7 @@ class PromptSets:
 
     forget: (prompt, anchor prompt) pairs.  retain: prompts that must keep their meaning, the empty one first.
     forget_held_out, retain_held_out: the same, of other sentences, for early stopping.
-    words: the words to forget, each with what it becomes.
+    words: the words to forget, each with what it becomes.  plain: the words in every template, with nothing else said.
     """
 
     forget: tuple[tuple[str, str], ...]
@@ -148,6 +148,7 @@ class PromptSets:
     forget_held_out: tuple[tuple[str, str], ...] = ()
     retain_held_out: tuple[str, ...] = ()
     words: tuple[tuple[str, str], ...] = ()
+    plain: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.forget or not self.retain:
@@ -414,7 +415,24 @@ class PromptWriter:
             retain[self._retain(rng, held_out=False).text] = None
         pairs, kept = list(forget.items()), list(retain)
         a, b = max(1, len(pairs) * 4 // 5), max(1, len(kept) * 4 // 5)
-        return PromptSets(tuple(pairs[:a]), tuple(kept[:b]), tuple(pairs[a:]), tuple(kept[b:]), becomes)
+        return PromptSets(tuple(pairs[:a]), tuple(kept[:b]), tuple(pairs[a:]), tuple(kept[b:]), becomes, self._plain())
+
+    def _plain(self) -> tuple[str, ...]:
+        """Each of the concept's words in every training template, with no attribute, place or style of its own."""
+        v, kind = self.vocabulary, self.concept.kind
+        neutral = v.styles[v.neutral_style]
+        said: dict[str, None] = {}
+        for template in v.templates:
+            for word in self.concept.words:
+                style, suffix = neutral[0], ""
+                subjects = [article(word)]
+                if kind == "style":
+                    style, suffix = self._concept_style(random.Random(template), word)
+                    subjects = [article(n) for n in self.preserve]
+                elif kind == "attribute":
+                    subjects = [subject(n, word) for n in self.preserve if n in v.objects] or [f"something {word}"]
+                said |= dict.fromkeys(sentence(template, s=s, style=style, suffix=suffix) for s in subjects)
+        return tuple(said)
 
     def calibration_prompts(self, count: int) -> tuple[list[str], list[str], list[str]]:
         """`count` prompts each that name the concept, that name other things, and of empty scenes."""

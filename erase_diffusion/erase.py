@@ -163,6 +163,11 @@ def erase_concept(
     """
     given_settings = {"strength": strength, "steps": steps, **(settings or {})}
     config = method_config(method, **given_settings)  # before anything is fetched
+    if getattr(config, "site", "") == "projection":
+        raise ConfigError(
+            f"{method} at site 'projection' edits CLIP's text projection, which the pipelines of Stable Diffusion 1.x "
+            "and 2.x never read: no picture would change; use site 'hidden'"
+        )
     loaded = Model(model, device=device, dtype=dtype) if isinstance(model, str) else model
     if hasattr(config, "learning_rate") and "learning_rate" not in given_settings:
         config = dataclasses.replace(config, learning_rate=loaded.spec.learning_rate)
@@ -279,6 +284,7 @@ def _prompt_sets(writers: Sequence[PromptWriter], encoder: TextEncoder) -> tuple
         tuple(pair for part in parts for pair in part.forget_held_out),
         clean([p for part in parts for p in part.retain_held_out]),
         tuple(word for part in parts for word in part.words),
+        tuple(prompt for part in parts for prompt in part.plain),
     ), triggers
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from erase_diffusion.erasers.base import align
-from erase_diffusion.erasers.nullspace import NullspaceConfig, null_space, solve_values
+from erase_diffusion.erasers.nullspace import NullspaceConfig, null_space, project_to_mean, solve_values
 from erase_diffusion.errors import ConfigError
 
 generator = torch.Generator().manual_seed(0)
@@ -57,8 +59,8 @@ def test_null_space_is_a_projector_that_kills_the_kept_directions() -> None:
     assert (random(5, 16) @ projector).norm() > 1
 
 
-@pytest.mark.parametrize("given", [{"strength": 2.0}, {"ridge": 0.0}, {"retain": -1.0}, {"null": 0.0}])
-def test_bad_settings_are_refused(given: dict[str, float]) -> None:
+@pytest.mark.parametrize("given", [{"strength": 2.0}, {"ridge": 0.0}, {"retain": -1.0}, {"null": 0.0}, {"site": "x"}])
+def test_bad_settings_are_refused(given: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="got"):
         NullspaceConfig(**given)
 
@@ -78,3 +80,35 @@ def test_alignment_of_sentences_of_different_length() -> None:
 def test_alignment_of_equal_sentences_is_the_identity() -> None:
     ids = torch.tensor([0, 1, 2, 9, 9])
     assert align(ids, ids, 9).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_at_the_projection_the_forgotten_goes_to_the_mean_and_the_rest_stays() -> None:
+    generator = torch.Generator().manual_seed(0)
+    shared = torch.randn(16, generator=generator)
+    classes = shared + torch.randn(4, 16, generator=generator)
+    prompts = torch.nn.functional.normalize(
+        classes.repeat_interleave(30, 0) + 0.05 * torch.randn(120, 16, generator=generator), dim=-1
+    ).double()
+    forget, retain = prompts[:30], prompts[30:]
+    p = project_to_mean(forget, retain, weight=1.0, ridge=1e-6)
+    mean = retain.mean(0)
+    before, after = ((x - mean).norm(dim=-1).mean() for x in (forget, forget @ p.T))
+    assert before > 0.3  # control
+    assert after < 0.15 * before
+    assert (retain @ p.T - retain).norm(dim=-1).mean() < 0.1 * before
+
+
+def test_the_solution_at_the_projection_is_the_minimum() -> None:
+    generator = torch.Generator().manual_seed(1)
+    forget, retain = (torch.randn(n, 6, generator=generator).double() for n in (9, 20))
+    ridge = 0.1
+
+    def objective(p: torch.Tensor) -> float:
+        gone = (forget @ p.T - retain.mean(0)).square().sum() / len(forget)
+        held = (retain @ p.T - retain).square().sum() / len(retain)
+        size = (p - torch.eye(6, dtype=p.dtype)).square().sum()
+        return float(gone + 2.0 * held + ridge * retain.square().mean() * size)
+
+    best = project_to_mean(forget, retain, weight=2.0, ridge=ridge)
+    for _ in range(20):
+        assert objective(best + 1e-2 * torch.randn(6, 6, generator=generator).double()) > objective(best)
