@@ -82,7 +82,12 @@ def _one_line(error: BaseException) -> str:
     help="An object or character that must stay; may be repeated. Default: everything else in the model's vocabulary. "
     "Styles and colours are kept in any case.",
 )
-@click.option("--method", default=None, help="cliperase (default) or nullspace.")
+@click.option(
+    "--method",
+    default=None,
+    help="cliperase (default), nullspace, token-swap, single-layer, gradient-difference, gradient-ascent or "
+    "retain-finetune.",
+)
 @click.option("--strength", type=float, help="From 0, the encoder as it is, to 1, the whole way. [default: 1]")
 @click.option("--steps", type=int, help="Training steps at most, for methods that train.")
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True)
