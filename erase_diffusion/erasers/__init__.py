@@ -6,10 +6,11 @@ from typing import Any
 
 from erase_diffusion.erasers.base import Eraser, Erasure
 from erase_diffusion.erasers.cliperase import CLIPErase, CLIPEraseConfig
-from erase_diffusion.erasers.contrastive import ContrastiveConfig, GradientAscent, GradientDifference, RetainFinetune
+from erase_diffusion.erasers.contrastive import GradientAscent, GradientDifference, RetainFinetune
 from erase_diffusion.erasers.nullspace import Nullspace, NullspaceConfig
 from erase_diffusion.erasers.single_layer import SingleLayer, SingleLayerConfig
 from erase_diffusion.erasers.token_swap import TokenSwap, TokenSwapConfig
+from erase_diffusion.erasers.training import Schedule
 
 ERASERS: dict[str, tuple[type[Any], type[Any]]] = {
     CLIPErase.name: (CLIPErase, CLIPEraseConfig),
@@ -17,9 +18,9 @@ ERASERS: dict[str, tuple[type[Any], type[Any]]] = {
     # Baselines, to measure against.
     TokenSwap.name: (TokenSwap, TokenSwapConfig),
     SingleLayer.name: (SingleLayer, SingleLayerConfig),
-    GradientDifference.name: (GradientDifference, ContrastiveConfig),
-    GradientAscent.name: (GradientAscent, ContrastiveConfig),
-    RetainFinetune.name: (RetainFinetune, ContrastiveConfig),
+    GradientDifference.name: (GradientDifference, Schedule),
+    GradientAscent.name: (GradientAscent, Schedule),
+    RetainFinetune.name: (RetainFinetune, Schedule),
 }
 
 __all__ = ["ERASERS", "CLIPErase", "CLIPEraseConfig", "Eraser", "Erasure", "Nullspace", "NullspaceConfig"]

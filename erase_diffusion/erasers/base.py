@@ -10,9 +10,16 @@ import torch
 from torch import Tensor
 
 from erase_diffusion.concepts import PromptSets
+from erase_diffusion.errors import ConfigError
 from erase_diffusion.text_encoder import TextEncoder
 
 Progress = Callable[[int, int, str], None]
+
+
+def check_strength(strength: float) -> None:
+    """Raise ConfigError for a strength outside [0, 1]: 0 leaves an encoder as it is, 1 edits it the whole way."""
+    if not 0.0 <= strength <= 1.0:
+        raise ConfigError(f"strength must lie in [0, 1], got {strength}")
 
 
 def silent(step: int, total: int, text: str) -> None:

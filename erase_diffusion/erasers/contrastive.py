@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -23,11 +22,6 @@ from erase_diffusion.erasers.training import Batches, Schedule, make_batches, pi
 from erase_diffusion.text_encoder import TextEncoder
 
 
-@dataclass(frozen=True)
-class ContrastiveConfig(Schedule):
-    """The schedule alone: which sides of the loss there are is the method's name."""
-
-
 class _Contrastive:
     """Ascent on forget pairs, descent on retain pairs, in one batch with each other as negatives."""
 
@@ -36,8 +30,8 @@ class _Contrastive:
     forget: ClassVar[bool]
     retain: ClassVar[bool]
 
-    def __init__(self, config: ContrastiveConfig | None = None):
-        self.config = config or ContrastiveConfig()
+    def __init__(self, config: Schedule | None = None):
+        self.config = config or Schedule()
 
     def erase(
         self,

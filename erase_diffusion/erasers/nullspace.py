@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from erase_diffusion.concepts import PromptSets
-from erase_diffusion.erasers.base import Erasure, Progress, align_all, anchored_states, silent
+from erase_diffusion.erasers.base import Erasure, Progress, align_all, anchored_states, check_strength, silent
 from erase_diffusion.errors import ConfigError
 from erase_diffusion.text_encoder import TextEncoder
 
@@ -40,8 +40,7 @@ class NullspaceConfig:
     null: float = 0.1
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.strength <= 1.0:
-            raise ConfigError(f"strength must lie in [0, 1], got {self.strength}")
+        check_strength(self.strength)
         if self.site not in ("hidden", "projection"):
             raise ConfigError(f"site must be hidden or projection, got {self.site!r}")
         if self.retain is None:

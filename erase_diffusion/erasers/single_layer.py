@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from erase_diffusion.concepts import PromptSets
-from erase_diffusion.erasers.base import Erasure, Progress, silent
+from erase_diffusion.erasers.base import Erasure, Progress, check_strength, silent
 from erase_diffusion.erasers.losses import forgetting_loss, retention_loss
 from erase_diffusion.erasers.training import Batches, make_batches, pick
 from erase_diffusion.errors import ConfigError
@@ -35,8 +35,7 @@ class SingleLayerConfig:
     forgotten: float = 0.25
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.strength <= 1.0:
-            raise ConfigError(f"strength must lie in [0, 1], got {self.strength}")
+        check_strength(self.strength)
         if self.bisections < 1:
             raise ConfigError(f"bisections must be at least 1, got {self.bisections}")
 

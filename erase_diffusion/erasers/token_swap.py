@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from erase_diffusion.concepts import PromptSets
-from erase_diffusion.erasers.base import Erasure, Progress, silent
+from erase_diffusion.erasers.base import Erasure, Progress, check_strength, silent
 from erase_diffusion.errors import ConfigError
 from erase_diffusion.text_encoder import TextEncoder
 
@@ -25,8 +25,7 @@ class TokenSwapConfig:
     strength: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.strength <= 1.0:
-            raise ConfigError(f"strength must lie in [0, 1], got {self.strength}")
+        check_strength(self.strength)
 
 
 class TokenSwap:

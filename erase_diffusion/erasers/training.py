@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from erase_diffusion.concepts import PromptSets
-from erase_diffusion.erasers.base import Erasure, Progress, align_all, anchored_states
+from erase_diffusion.erasers.base import Erasure, Progress, align_all, anchored_states, check_strength
 from erase_diffusion.errors import ConfigError
 from erase_diffusion.text_encoder import TextEncoder
 
@@ -33,8 +33,7 @@ class Schedule:
     patience: int = 3
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.strength <= 1.0:
-            raise ConfigError(f"strength must lie in [0, 1], got {self.strength}")
+        check_strength(self.strength)
         if self.steps < 1:
             raise ConfigError(f"steps must be at least 1, got {self.steps}")
 
@@ -116,19 +115,16 @@ def train(
     *,
     seed: int,
     progress: Progress,
-    parameters: Callable[[nn.Module], Iterable[nn.Parameter]] = nn.Module.parameters,
 ) -> Erasure:
     """Adam on a copy of `encoder`, warmed up over ten steps; the best held-out checkpoint is kept.
 
-    parameters: which of the model's are trained.
     Raises ConfigError when the loss stops being finite: nothing of such a run is worth keeping.
     """
     rng = random.Random(f"{name} {seed}")
     torch.manual_seed(seed)
     work = encoder.copy()
-    work.model.train().requires_grad_(False)
-    trained = [p.requires_grad_(True) for p in parameters(work.model)]
-    optimizer = torch.optim.Adam(trained, lr=config.learning_rate)
+    work.model.train().requires_grad_(True)
+    optimizer = torch.optim.Adam(work.model.parameters(), lr=config.learning_rate)
     training, held_out = batches
     best, best_loss, best_step, waited = None, float("inf"), 0, 0
     history: list[dict[str, float]] = []
@@ -144,7 +140,7 @@ def train(
             )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        torch.nn.utils.clip_grad_norm_(work.model.parameters(), 1.0)
         optimizer.step()
         if step % config.evaluate_every == 0 or step == config.steps:
             with torch.no_grad():
