@@ -77,6 +77,10 @@ def _one_line(error: BaseException) -> str:
     help="What the concept becomes. Default: the neutral style for a style, else the nearest preserved concept.",
 )
 @click.option(
+    "--within",
+    help="Erase an attribute or style on this thing alone: --concept red --kind attribute --within cat.",
+)
+@click.option(
     "--preserve",
     multiple=True,
     help="An object or character that must stay; may be repeated. Default: everything else in the model's vocabulary. "
@@ -148,7 +152,7 @@ def erase_concept(
     # Words are checked before torch is imported: a typo answers at once.
     from erase_diffusion.concepts import Concept
 
-    given = [Concept(c, options["kind"], aliases, options["anchor"]) for c in concepts]
+    given = [Concept(c, options["kind"], aliases, options["anchor"], options["within"]) for c in concepts]
     if aliases and len(concepts) > 1:
         raise ConfigError(
             f"--alias belongs to one concept, got {len(concepts)} concepts; erase them one by one, or leave it out"
@@ -163,7 +167,7 @@ def erase_concept(
 
         check_output(folder, overwrite=overwrite)
         _check_device(options["device"])
-        options = {k: v for k, v in options.items() if k not in ("kind", "anchor")}
+        options = {k: v for k, v in options.items() if k not in ("kind", "anchor", "within")}
         with _progress(quiet) as progress:
             result = erase(
                 given,

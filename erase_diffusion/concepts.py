@@ -27,6 +27,8 @@ class Concept:
     kind: object, style, character or attribute; it decides which sentences the concept stands in.
     aliases: words removed with it.
     anchor: the word it becomes; None lets `resolve_anchor` choose.
+    within: for an attribute or a style, the thing on which alone it is erased: red, within cat, leaves other cats and
+    other red things as they are.
 
     Raises ConfigError for an empty or over-long word, an unknown kind, or an anchor that is the concept.
     """
@@ -35,6 +37,7 @@ class Concept:
     kind: Kind = "object"
     aliases: tuple[str, ...] = ()
     anchor: str | None = None
+    within: str | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -45,6 +48,13 @@ class Concept:
             check_word("anchor", self.anchor)
             if normalise(self.anchor) in {normalise(w) for w in self.words}:
                 raise ConfigError(f"the anchor {self.anchor!r} is the concept itself; choose what it should become")
+        if self.within is not None:
+            check_word("thing within which to erase", self.within)
+            if self.kind not in ("attribute", "style"):
+                raise ConfigError(
+                    f"only an attribute or a style can be erased within {self.within!r}, {self.name!r} is "
+                    f"{article(self.kind)}; pass --kind"
+                )
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -186,11 +196,21 @@ def says(phrase: str, word: str) -> bool:
     return re.search(rf"\b{re.escape(normalise(word))}s?\b", normalise(phrase)) is not None
 
 
+def asks_for(phrase: str, concept: Concept) -> bool:
+    """Whether a phrase names a concept; one within a thing only beside that thing."""
+    return (concept.within is None or says(phrase, concept.within)) and any(says(phrase, w) for w in concept.words)
+
+
 def resolve_concept(concept: Concept, vocabulary: Vocabulary) -> Concept:
     """Add the aliases that the vocabulary knows, and spell a known word as it does ("Cat" is no proper name).
 
     Raises ConfigError for a word that it knows only as another kind: erased as an object, a style would stay.
     """
+    if concept.within is not None:
+        kind, thing = vocabulary.find(concept.within) or ("object", concept.within)
+        if kind not in ("object", "character"):
+            raise ConfigError(f"{concept.within!r} is known as {article(kind)}, not as a thing to erase within")
+        concept = replace(concept, within=thing)
     known = vocabulary.of_kind(concept.kind)
     for name, words in known.items():
         spelt = {normalise(w): w for w in (*words, name)}
@@ -267,7 +287,14 @@ class PromptWriter:
             raise ConfigError("nothing is left to preserve; name at least one concept with --preserve")
         self.concept, self.vocabulary, self.preserve, self.seed = concept, vocabulary, dict(preserve), seed
         self.name = canonical(concept, vocabulary)
-        self._gone = {(c.kind, canonical(c, vocabulary)) for c in (concept, *erased_with)}
+        self._gone = {(c.kind, canonical(c, vocabulary)) for c in (concept, *erased_with) if c.within is None}
+        if concept.within is not None and concept.within not in self.preserve:
+            raise ConfigError(f"{concept.within!r} must stay, to erase {concept.name!r} within it; preserve it too")
+
+    def _forgotten(self, thing: str, attribute: str | None = None, style: str | None = None) -> bool:
+        """Whether this look of this thing is what is erased within it."""
+        look = attribute if self.concept.kind == "attribute" else style
+        return self.concept.within == thing and look == self.name
 
     def _style(self, rng: random.Random, name: str | None) -> tuple[str, str]:
         """The phrase before “of” and the suffix for a style, None being the neutral one unsaid."""
@@ -289,8 +316,14 @@ class PromptWriter:
     def _context(self, rng: random.Random, thing: str, held_out: bool) -> tuple[str | None, str | None, str | None]:
         """An attribute, a place and a style, each said or not; said together, of the right side of the split."""
         v = self.vocabulary
-        styles = [s for s in v.styles if s != v.neutral_style and ("style", s) not in self._gone]
-        attributes = [a for a in v.attributes if ("attribute", a) not in self._gone]
+        styles = [
+            s
+            for s in v.styles
+            if s != v.neutral_style and ("style", s) not in self._gone and not self._forgotten(thing, style=s)
+        ]
+        attributes = [
+            a for a in v.attributes if ("attribute", a) not in self._gone and not self._forgotten(thing, attribute=a)
+        ]
         attribute = rng.choice(attributes) if attributes and rng.random() < 0.6 else None
         place = rng.choice(list(v.places)) if v.places and rng.random() < 0.6 else None
         style = rng.choice(styles) if styles and rng.random() < 0.4 else None
@@ -301,9 +334,9 @@ class PromptWriter:
             attribute, place = rng.choice(cells)
         return attribute, place, style
 
-    def _attribute(self, rng: random.Random) -> str | None:
+    def _attribute(self, rng: random.Random, thing: str) -> str | None:
         """An attribute for the other thing of a pair, said or not."""
-        return self._context(rng, "", False)[0]
+        return self._context(rng, thing if self.concept.within else "", False)[0]
 
     def _forget(self, rng: random.Random, word: str, *, held_out: bool, pairs: bool) -> tuple[Prompt, str]:
         """One prompt that asks for the concept by `word`, and the same prompt asking for the anchor.
@@ -315,7 +348,9 @@ class PromptWriter:
         assert anchor is not None
         template = rng.choice(v.held_out_templates if held_out else v.templates)
         thing = self.name
-        if kind == "style":
+        if self.concept.within is not None:
+            thing = self.concept.within
+        elif kind == "style":
             thing = rng.choice(list(self.preserve))
         elif kind == "attribute":
             thing = rng.choice([n for n in self.preserve if n in v.objects] or list(self.preserve))
@@ -335,7 +370,7 @@ class PromptWriter:
             # What is erased is no part of what must stay.
             return Prompt(text, "named", (thing,), coloured, place), other
         if kind == "attribute":
-            noun = rng.choice((*self.preserve[thing], "something"))
+            noun = rng.choice((*self.preserve[thing], *([] if self.concept.within else ["something"])))
             text, other = (
                 sentence(template, s=subject(noun, w), p=there, style=phrase, suffix=suffix) for w in (word, anchor)
             )
@@ -355,7 +390,8 @@ class PromptWriter:
 
     def _beside(self, rng: random.Random, neighbour: str) -> tuple[str, tuple[str, ...]]:
         """“{} to the left of a red car” or the other way round, and the two things' names."""
-        second = subject(rng.choice(self.preserve[neighbour]), self._attribute(rng)).replace("{", "").replace("}", "")
+        second = subject(rng.choice(self.preserve[neighbour]), self._attribute(rng, neighbour))
+        second = second.replace("{", "").replace("}", "")
         first, last = ("{}", second) if rng.random() < 0.5 else (second, "{}")
         return rng.choice(self.vocabulary.relations).format(a=first, b=last), (self.name, neighbour)
 
@@ -363,6 +399,8 @@ class PromptWriter:
         """One prompt that does not ask for the concept."""
         v = self.vocabulary
         templates = v.held_out_templates if held_out else v.templates
+        if self.concept.within is not None and rng.random() < 0.5:
+            return self._near(rng, rng.choice(("same thing", "same look")), held_out=held_out)
         thing = rng.choice(list(self.preserve))
         attribute, place, style = self._context(rng, thing, held_out)
         there = rng.choice(v.places[place]) if place else ""
@@ -380,12 +418,44 @@ class PromptWriter:
         said = subject(rng.choice(self.preserve[thing]), attribute)
         things: tuple[str, ...] = (thing,)
         if roll > 0.7 and len(self.preserve) > 1:
-            other = rng.choice([n for n in self.preserve if n != thing])
-            second = subject(rng.choice(self.preserve[other]), self._attribute(rng))
+            other = rng.choice([n for n in self.preserve if n != thing and not self._forgotten(n, style=style)])
+            second = subject(rng.choice(self.preserve[other]), self._attribute(rng, other))
             said, things = rng.choice(v.relations).format(a=said, b=second), (thing, other)
         coloured = attribute if thing in v.objects and len(things) == 1 else None
         text = sentence(rng.choice(templates), s=said, p=there, style=phrase, suffix=suffix)
         return Prompt(text, "preserved", things, coloured, place, style)
+
+    def _near(self, rng: random.Random, group: str, *, held_out: bool) -> Prompt:
+        """The nearest of what must stay of a concept that is erased within a thing.
+
+        group: "same thing", in another look, or "same look", on another thing.
+        """
+        v, within, kind = self.vocabulary, self.concept.within, self.concept.kind
+        assert within is not None
+        same_thing = group == "same thing"
+        # Only a drawn object has attributes; a style is on everything.
+        others = [n for n in self.preserve if n != within and (kind == "style" or n in v.objects)]
+        thing = within if same_thing or not others else rng.choice(others)
+        attribute, place, style = self._context(rng, thing, held_out)
+        if kind == "attribute":
+            looks = [a for a in v.attributes if a != self.name] if same_thing else [self.name]
+            cells = [
+                (a, p) for a in looks for p in v.places if not v.is_held_out or v.is_held_out(thing, a, p) == held_out
+            ]
+            attribute, place = rng.choice(cells) if cells and place else (rng.choice(looks), None)
+            phrase, suffix = self._style(rng, style)
+        elif same_thing:
+            style = rng.choice([None, *(s for s in v.styles if s not in (self.name, v.neutral_style))])
+            phrase, suffix = self._style(rng, style)
+        else:
+            style = self.name
+            phrase, suffix = self._concept_style(rng, rng.choice(self.concept.words))
+        there = rng.choice(v.places[place]) if place else ""
+        said = subject(rng.choice(self.preserve[thing]), attribute)
+        template = rng.choice(v.held_out_templates if held_out else v.templates)
+        coloured = attribute if thing in v.objects else None
+        text = sentence(template, s=said, p=there, style=phrase, suffix=suffix)
+        return Prompt(text, group, (thing,), coloured, place, style)
 
     def training_sets(self, n_forget: int, n_retain: int, triggers: Sequence[str] = ()) -> PromptSets:
         """Forget pairs over all the concept's words (and mined `triggers`), retain prompts, and a held-out fifth."""
@@ -444,7 +514,10 @@ class PromptWriter:
             # A thing whose attribute is not said may well have the one that is erased.
             if self.concept.kind == "attribute" and prompt.things and prompt.attribute is None:
                 continue
-            bucket = wanted.get(prompt.group)
+            # Of two things the judge cannot tell which has the look.
+            if self.concept.within is not None and len(prompt.things) > 1:
+                continue
+            bucket = wanted.get("preserved" if prompt.group.startswith("same") else prompt.group)
             if bucket is not None and len(bucket) < count:
                 bucket.append(prompt.text)
             if all(len(b) >= count for b in wanted.values()):
@@ -454,8 +527,9 @@ class PromptWriter:
     def verification_prompts(self, per_group: int) -> list[Prompt]:
         """Prompts of the held-out templates and combinations: `per_group` of each group that can be filled.
 
-        Groups: named, synonym, described, two-object (the concept beside a kept object), preserved. Without an
-        alias the named prompts are twice as many, so that the verdict rests on as many pictures.
+        Groups: named, synonym, described, two-object (the concept beside a kept object), preserved; for a
+        concept within a thing also that thing in other looks and that look on other things. Without an alias the
+        named prompts are twice as many, so that the verdict rests on as many pictures.
         """
         rng = random.Random(f"verify {self.seed}")
         v, kind = self.vocabulary, self.concept.kind
@@ -474,6 +548,9 @@ class PromptWriter:
                 attribute, place, style = self._context(rng, self.name, True)
                 said = relation.format(subject(self.concept.name, attribute if kind == "object" else None))
                 prompts.append(self._held_out(rng, "two-object", said, things, None, place, style))
+        if self.concept.within is not None:
+            for group in ("same thing", "same look"):
+                prompts += [self._near(rng, group, held_out=True) for _ in range(per_group)]
         names = list(self.preserve)
         for i in range(per_group):
             # Every preserved concept in turn, so that none is left to chance.

@@ -27,10 +27,10 @@ from erase_diffusion.concepts import (
     PromptWriter,
     Vocabulary,
     article,
+    asks_for,
     normalise,
     preserved,
     resolve_concept,
-    says,
 )
 from erase_diffusion.erasers import ERASERS, Erasure
 from erase_diffusion.errors import ConfigError, DataError
@@ -276,7 +276,10 @@ def _prompt_sets(writers: Sequence[PromptWriter], encoder: TextEncoder) -> tuple
 
     def clean(prompts: Sequence[str]) -> tuple[str, ...]:
         # With several concepts, one's retain prompts may name another (a style beside an object).
-        return tuple(p for p in dict.fromkeys(prompts) if len(writers) == 1 or not any(says(p, w) for w in erased))
+        concepts = [writer.concept for writer in writers]
+        return tuple(
+            p for p in dict.fromkeys(prompts) if len(writers) == 1 or not any(asks_for(p, c) for c in concepts)
+        )
 
     return PromptSets(
         tuple(pair for part in parts for pair in part.forget),
@@ -323,7 +326,7 @@ def _check_captions(own: _OwnImages, concepts: Sequence[Concept], encoder: TextE
                 "position; shorten it"
             )
     for caption, _ in own.retain.items if own.retain else ():
-        named = [w for c in concepts for w in c.words if says(caption, w)]
+        named = [c.name for c in concepts if asks_for(caption, c)]
         if named:
             raise DataError(
                 f"--retain-images: the caption {caption[:60]!r} names {named[0]!r}, which is to be erased; take the "
@@ -434,6 +437,7 @@ def _record(
                 "kind": w.concept.kind,
                 "aliases": list(w.concept.aliases),
                 "anchor": w.concept.anchor,
+                "within": w.concept.within,
                 "triggers": list(triggers.get(w.concept.name, ())),
                 "preserve": list(w.preserve),
             }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -204,7 +204,10 @@ def sample_indices(prompts: Sequence[Prompt]) -> list[int]:
 
 
 def presence(checker: CLIPChecker, concept: Concept, embeddings: Tensor) -> Tensor:
-    """Probability (n,) of a concept of any kind in each picture."""
+    """Probability (n,) of a concept of any kind in each picture; within a thing, the lesser of look and thing."""
+    if concept.within is not None:
+        thing = checker.things(embeddings, {concept.within: concept.within})[concept.within]
+        return torch.minimum(thing, presence(checker, replace(concept, within=None), embeddings))
     vocabulary = checker.vocabulary
     name = canonical(concept, vocabulary)
     if concept.kind == "style":
@@ -269,6 +272,15 @@ def keep_table(
     if any(p.group == "two-object" for p in prompts):
         table["other object of a pair"] = share("others", {"two-object"})
     asked = {"named", "synonym"}
+    for group, row in (("same thing", "same thing, other looks"), ("same look", "same look, other things")):
+        index = [i for i, p in enumerate(prompts) if p.group == group]
+        if index:
+            # Both the thing and its look; a look that the prompt doesn't say (the neutral style) is not asked.
+            whole = [
+                [all(j[f][i] is not False for f in ("others", "attribute", "style")) for i in index]
+                for j in (before, after)
+            ]
+            table[row] = kept(*whole)
     if any(
         p.group in asked and any(t for t in p.things) and before["others"][i] is not None for i, p in enumerate(prompts)
     ):

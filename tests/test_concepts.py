@@ -12,6 +12,7 @@ from erase_diffusion.concepts import (
     PromptSets,
     PromptWriter,
     article,
+    asks_for,
     normalise,
     preserved,
     resolve_concept,
@@ -220,3 +221,44 @@ def test_article() -> None:
         "Zibby",
         "the moon wizard",
     ]
+
+
+RED_CAT = dataclasses.replace(Concept("red", "attribute", anchor="pink"), within="cat")
+CRAYON_CAT = dataclasses.replace(Concept("crayon", "style", anchor="plain"), within="cat")
+
+
+@pytest.mark.parametrize("concept", [RED_CAT, CRAYON_CAT], ids=["red cats", "crayon cats"])
+def test_within_a_thing_only_that_look_of_that_thing_is_forgotten(concept: Concept) -> None:
+    w = writer(concept)
+    sets = w.training_sets(80, 400)
+    cats = V.objects["cat"]
+    look = "red" if concept is RED_CAT else "crayon"
+    assert all(any(says(p, c) for c in cats) for p, _ in sets.forget)
+    assert all(look in p or concept is CRAYON_CAT for p, _ in sets.forget)
+    assert asks_for(f"a {look} cat", w.concept)
+    assert not asks_for(f"a {look} car", w.concept)
+    same_look = [p for p in sets.retain if says(p, look)]
+    same_thing = [p for p in sets.retain if any(says(p, c) for c in cats)]
+    assert len(same_look) > 20
+    assert len(same_thing) > 20
+    for p in same_look:
+        for c in cats:
+            assert f"{look} {c}" not in p
+            assert look == "red" or not says(p, c), p
+    groups = {p.group for p in w.verification_prompts(20)}
+    assert {"named", "same thing", "same look", "preserved"} <= groups
+    for p in w.verification_prompts(20):
+        if p.group == "same look":
+            assert "cat" not in p.things
+            assert look in (p.attribute, p.style)
+        if p.group == "same thing":
+            assert p.things == ("cat",)
+            assert look not in (p.attribute, p.style)
+
+
+def test_only_a_look_can_be_erased_within_a_thing() -> None:
+    with pytest.raises(ConfigError, match=r"only an attribute or a style.*'dog' is an object"):
+        Concept("dog", within="cat")
+    with pytest.raises(ConfigError, match=r"'crayon' is known as a style"):
+        resolve_concept(Concept("red", "attribute", within="crayon"), V)
+    assert resolve_concept(Concept("red", "attribute", within="kitten"), V).within == "cat"

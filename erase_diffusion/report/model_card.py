@@ -21,7 +21,7 @@ A drop-in CLIP text encoder for `{{ record.source.model|cell }}`, made by erase-
 | concept | kind | removed with it | becomes |
 |---|---|---|---|
 {% for c in record.concepts -%}
-| {{ c.name|cell }} | {{ c.kind }} | {{ c.aliases|join(', ')|cell or '–' }} | {{ c.anchor|cell }} |
+| {{ c|named|cell }} | {{ c.kind }} | {{ c.aliases|join(', ')|cell or '–' }} | {{ c.anchor|cell }} |
 {% endfor %}
 ## Use
 
@@ -75,6 +75,11 @@ def _rate(value: Mapping[str, Any]) -> str:
     return f"{value['rate']:.1%} [{value['low']:.1%}, {value['high']:.1%}] of {value['total']}"
 
 
+def _named(concept: Mapping[str, Any]) -> str:
+    """“red, within cat”: a concept of a record with the thing on which alone it is erased."""
+    return str(concept["name"]) + (f", within {concept['within']}" if concept.get("within") else "")
+
+
 def _cell(value: object) -> str:
     """Text that cannot break a Markdown table or slip in HTML."""
     text = str(value).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
@@ -85,8 +90,8 @@ def model_card(record: Mapping[str, Any]) -> str:
     """The card of an `erasure.json` record, as Markdown."""
     # Markdown, not HTML: what comes from the user goes through `cell`, which escapes for both.
     environment = Environment(autoescape=False, keep_trailing_newline=True)  # noqa: S701
-    environment.filters |= {"rate": _rate, "cell": _cell, "literal": json.dumps}
-    names = [_cell(c["name"]) for c in record["concepts"]]
+    environment.filters |= {"rate": _rate, "cell": _cell, "literal": json.dumps, "named": _named}
+    names = [_cell(_named(c)) for c in record["concepts"]]
     source = record["source"]
     base = 'WEIGHTS / "pipeline"' if source["model"] == "mini" else json.dumps(source["load_from"])
     return environment.from_string(_CARD).render(record=record, names=names, base=base)
