@@ -16,7 +16,8 @@ import click
 from erase_diffusion.errors import ConfigError, EraseDiffusionError
 
 if TYPE_CHECKING:
-    from erase_diffusion.erase import ErasedConcept, Progress
+    from erase_diffusion.erase import ErasedConcept
+    from erase_diffusion.preparation import Progress
 
 EXAMPLES = """\b
 Examples:

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from erase_diffusion.concepts import Vocabulary
 from erase_diffusion.errors import ConfigError, ModelError
+from erase_diffusion.image_tower import ImageTower
 from erase_diffusion.mini.vocabulary import WEIGHTS, vocabulary
 from erase_diffusion.photographs import PHOTOGRAPHS
 from erase_diffusion.text_encoder import TextEncoder, weights_hash
@@ -126,7 +127,7 @@ class Model:
         return TextEncoder(model.eval().to(self.device), tokenizer, dtype)
 
     def paired_text_encoder(self, clip: CLIPModel) -> TextEncoder:
-        """The text encoder with the projection and temperature of the CLIP it comes from.
+        """The text encoder with the projection, temperature and image tower of the CLIP it comes from.
 
         Raises ModelError when `clip` is of other sizes.
         """
@@ -147,7 +148,8 @@ class Model:
                 "its erasure; choose --method nullspace"
             )
         scale = math.exp(float(clip.logit_scale.detach()))
-        return TextEncoder(encoder.model, encoder.tokenizer, encoder.dtype, projection.to(self.device), scale)
+        tower = ImageTower(clip.vision_model, clip.visual_projection)
+        return replace(encoder, projection=projection.to(self.device), logit_scale=scale, image_tower=tower)
 
     def clip(self) -> tuple[CLIPModel, CLIPTokenizer, CLIPImageProcessor]:
         """The whole CLIP that the text encoder comes from."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from erase_diffusion.errors import ModelError
+from erase_diffusion.image_tower import ImageTower
 
 PREFIX = "text_model."
 
@@ -29,6 +30,7 @@ class TextEncoder:
     dtype: the dtype its weights have on disk, in which an edited copy is saved.
     projection: CLIP's text projection (d_proj, d), or None when the paired CLIP is not at hand.
     logit_scale: exp of CLIP's temperature, 1 without the paired CLIP.
+    image_tower: the paired CLIP's other half, or None.
     """
 
     model: CLIPTextModel
@@ -36,6 +38,7 @@ class TextEncoder:
     dtype: torch.dtype
     projection: Tensor | None = None
     logit_scale: float = 1.0
+    image_tower: ImageTower | None = None
 
     @property
     def device(self) -> torch.device:
@@ -81,8 +84,8 @@ class TextEncoder:
         return pooled @ self.projection.T
 
     def copy(self) -> TextEncoder:
-        """An independent copy that can be edited; the original is never touched."""
-        return TextEncoder(copy.deepcopy(self.model), self.tokenizer, self.dtype, self.projection, self.logit_scale)
+        """An independent copy that can be edited; the original is never touched. The image tower is shared."""
+        return replace(self, model=copy.deepcopy(self.model))
 
     @property
     def transformer(self) -> Any:

@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 
 from erase_diffusion.concepts import Concept, PromptWriter, preserved, resolve_concept
-from erase_diffusion.erase import method_config, resolve_anchor
+from erase_diffusion.erase import method_config
 from erase_diffusion.erasers import ERASERS, CLIPErase, CLIPEraseConfig, Eraser
 from erase_diffusion.erasers.single_layer import pareto
 from erase_diffusion.errors import ConfigError
 from erase_diffusion.models import Model
+from erase_diffusion.preparation import resolve_anchor
 from erase_diffusion.text_encoder import TextEncoder, weights_hash
 from erase_diffusion.triggers import find_triggers
 
@@ -58,7 +59,7 @@ def test_the_concept_reads_as_its_anchor_and_the_rest_as_before(
     sets = writer.training_sets(160, 320)
     eraser = short(name, mini, 60)
     images = images_of(encoder, (*(p for p, _ in sets.forget[:40]), *sets.retain[1:41]))
-    result = eraser.erase(encoder, sets, images if eraser.needs_images else {}, seed=0)
+    result = eraser.erase(encoder, sets, images if eraser.needs == "features" else {}, seed=0)
     # Held-out sentences with words of equal length, so that positions agree without alignment.
     named, anchored = "see a cat here in the snow", f"see a {writer.concept.anchor} here in the snow"
     original = encoder.encode([named, anchored])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from erase_diffusion.errors import ConfigError
 from erase_diffusion.text_encoder import TextEncoder
 
 Progress = Callable[[int, int, str], None]
+# What a method works from, each with all before it: prompts alone, the paired CLIP, features of pictures by its frozen
+# image tower, or the pictures themselves.
+Needs = Literal["prompts", "clip", "features", "pixels"]
 
 
 def check_strength(strength: float) -> None:
@@ -45,15 +48,17 @@ class Eraser(Protocol):
     """One method. The given encoder is never changed; the result holds an edited copy."""
 
     name: ClassVar[str]
-    needs_images: ClassVar[bool]
+
+    @property
+    def needs(self) -> Needs: ...
 
     def erase(
         self, encoder: TextEncoder, sets: PromptSets, images: Mapping[str, Tensor], *, seed: int, progress: Progress
     ) -> Erasure:
         """Erase from a copy of `encoder`.
 
-        images: prompt → image features (k, d_proj) of pictures of it by the paired CLIP's frozen image tower;
-        empty for methods that need none.
+        images: prompt → pictures of it, for a method that needs "features" their image features (k, d_proj), for
+        one that needs "pixels" pixel values (k, 3, size, size); empty for the others.
         """
         ...
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from erase_diffusion.concepts import PromptSets
-from erase_diffusion.erasers.base import Erasure, Progress, silent
+from erase_diffusion.erasers.base import Erasure, Needs, Progress, silent
 from erase_diffusion.erasers.losses import contrastive_loss
 from erase_diffusion.erasers.training import Batches, Schedule, make_batches, pick, train
 from erase_diffusion.text_encoder import TextEncoder
@@ -26,7 +26,7 @@ class _Contrastive:
     """Ascent on forget pairs, descent on retain pairs, in one batch with each other as negatives."""
 
     name: ClassVar[str]
-    needs_images: ClassVar[bool] = True
+    needs: ClassVar[Needs] = "features"
     forget: ClassVar[bool]
     retain: ClassVar[bool]
 

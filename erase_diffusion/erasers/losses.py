@@ -38,14 +38,17 @@ def retention_loss(text: Tensor, image: Tensor, logit_scale: float) -> Tensor:
     return contrastive_loss(text, image, logit_scale).mean()
 
 
-def consistency_loss(original: Tensor, text: Tensor, image: Tensor, logit_scale: float) -> Tensor:
+def consistency_loss(
+    original: Tensor, text: Tensor, image: Tensor, logit_scale: float, original_image: Tensor | None = None
+) -> Tensor:
     """Consistency module, L_CM = 1/N_r Σ KL(p_o^img ‖ p_u^img) + KL(p_o^txt ‖ p_u^txt) on retain pairs.
 
     p is the softmax of the batch's logits, by image and by text, of the original (o) and unlearned (u) model.
-    original, text, image: (N_r, d_proj).
+    original, text, image: (N_r, d_proj); original_image likewise, where the image tower is unlearned as well.
     """
     image = F.normalize(image, dim=-1)
-    before = logit_scale * F.normalize(original, dim=-1) @ image.T
+    seen = image if original_image is None else F.normalize(original_image, dim=-1)
+    before = logit_scale * F.normalize(original, dim=-1) @ seen.T
     after = logit_scale * F.normalize(text, dim=-1) @ image.T
     by_text = F.kl_div(after.log_softmax(1), before.log_softmax(1), log_target=True, reduction="batchmean")
     by_image = F.kl_div(after.T.log_softmax(1), before.T.log_softmax(1), log_target=True, reduction="batchmean")

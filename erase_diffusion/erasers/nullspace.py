@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from erase_diffusion.concepts import PromptSets
-from erase_diffusion.erasers.base import Erasure, Progress, align_all, anchored_states, check_strength, silent
+from erase_diffusion.erasers.base import Erasure, Needs, Progress, align_all, anchored_states, check_strength, silent
 from erase_diffusion.errors import ConfigError
 from erase_diffusion.text_encoder import TextEncoder
 
@@ -103,7 +103,7 @@ class Nullspace:
     the projection."""
 
     name: ClassVar[str] = "nullspace"
-    needs_images: ClassVar[bool] = False
+    needs: ClassVar[Needs] = "prompts"
 
     def __init__(self, config: NullspaceConfig | None = None):
         self.config = config or NullspaceConfig()

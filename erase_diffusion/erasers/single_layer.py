@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from erase_diffusion.concepts import PromptSets
-from erase_diffusion.erasers.base import Erasure, Progress, check_strength, silent
+from erase_diffusion.erasers.base import Erasure, Needs, Progress, check_strength, silent
 from erase_diffusion.erasers.losses import forgetting_loss, retention_loss
 from erase_diffusion.erasers.training import Batches, make_batches, pick
 from erase_diffusion.errors import ConfigError
@@ -54,7 +54,7 @@ class SingleLayer:
     """Takes the shortest step on one matrix after which the forget prompts have left their pictures."""
 
     name: ClassVar[str] = "single-layer"
-    needs_images: ClassVar[bool] = True
+    needs: ClassVar[Needs] = "features"
 
     def __init__(self, config: SingleLayerConfig | None = None):
         self.config = config or SingleLayerConfig()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from erase_diffusion.concepts import PromptSets
-from erase_diffusion.erasers.base import Erasure, Progress, check_strength, silent
+from erase_diffusion.erasers.base import Erasure, Needs, Progress, check_strength, silent
 from erase_diffusion.errors import ConfigError
 from erase_diffusion.text_encoder import TextEncoder
 
@@ -32,7 +32,7 @@ class TokenSwap:
     """Every token of a forget word gets the embedding of the anchor's token at its place, the last one's beyond it."""
 
     name: ClassVar[str] = "token-swap"
-    needs_images: ClassVar[bool] = False
+    needs: ClassVar[Needs] = "prompts"
 
     def __init__(self, config: TokenSwapConfig | None = None):
         self.config = config or TokenSwapConfig()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from erase_diffusion.concepts import PromptSets
 from erase_diffusion.erasers.base import Erasure, Progress, align_all, anchored_states, check_strength
@@ -106,6 +106,17 @@ def make_batches(
     return train, train if pictures_only and not held_out.pictured else held_out
 
 
+def whole(work: TextEncoder) -> nn.Module:
+    """The whole text tower."""
+    model: nn.Module = work.model.requires_grad_(True)
+    return model
+
+
+def blend(source: Mapping[str, Tensor], edited: Mapping[str, Tensor], strength: float) -> dict[str, Tensor]:
+    """θ = (1 − s)·θ_source + s·θ_edited, tensor by tensor; at 0 and at 1 it is one of them bit for bit."""
+    return {k: torch.lerp(source[k], v, strength) if v.is_floating_point() else v for k, v in edited.items()}
+
+
 def train(
     name: str,
     encoder: TextEncoder,
@@ -115,16 +126,21 @@ def train(
     *,
     seed: int,
     progress: Progress,
+    prepare: Callable[[TextEncoder], nn.Module] = whole,
 ) -> Erasure:
     """Adam on a copy of `encoder`, warmed up over ten steps; the best held-out checkpoint is kept.
 
+    prepare: given the copy, what of it (or beside it) is trained: the parameters of the returned module that ask for a
+    gradient.
     Raises ConfigError when the loss stops being finite: nothing of such a run is worth keeping.
     """
     rng = random.Random(f"{name} {seed}")
     torch.manual_seed(seed)
     work = encoder.copy()
-    work.model.train().requires_grad_(True)
-    optimizer = torch.optim.Adam(work.model.parameters(), lr=config.learning_rate)
+    module = prepare(work).train()
+    source = {k: v.detach().clone() for k, v in module.state_dict().items()}
+    trained = [p for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=config.learning_rate)
     training, held_out = batches
     best, best_loss, best_step, waited = None, float("inf"), 0, 0
     history: list[dict[str, float]] = []
@@ -140,7 +156,7 @@ def train(
             )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(work.model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         if step % config.evaluate_every == 0 or step == config.steps:
             with torch.no_grad():
@@ -149,7 +165,7 @@ def train(
             total = history[-1]["total"]
             if total < best_loss - 0.01 * abs(best_loss) or best is None:
                 best_loss, best_step, waited = total, step, 0
-                best = {k: v.detach().clone() for k, v in work.model.state_dict().items()}
+                best = {k: v.detach().clone() for k, v in module.state_dict().items()}
             else:
                 waited += 1
         progress(step, config.steps, f"held-out loss {history[-1]['total']:.3f}" if history else "")
@@ -157,9 +173,6 @@ def train(
             stopped = f"no better held-out loss for {waited} evaluations after step {best_step}"
             break
     assert best is not None
-    source = encoder.model.state_dict()
-    work.model.load_state_dict(
-        {k: torch.lerp(source[k], v, config.strength) if v.is_floating_point() else v for k, v in best.items()}
-    )
-    work.model.eval().requires_grad_(False)
+    module.load_state_dict(blend(source, best, config.strength))
+    module.eval().requires_grad_(False)
     return Erasure(work, name, asdict(config), f"{stopped}; kept step {best_step}", tuple(history))
