@@ -191,6 +191,16 @@ def sentence(template: str, *, s: str = "", p: str = "", a: str = "", style: str
     return text if "{y}" in template or not suffix else f"{text} {suffix}"
 
 
+def misspell(word: str, rng: random.Random) -> str:
+    """One slip of the finger: a letter dropped, doubled, or swapped with the next."""
+    if len(word) < 3:
+        return word
+    i = rng.randrange(1, len(word) - 1)
+    return rng.choice(
+        (word[:i] + word[i + 1 :], word[:i] + word[i] + word[i:], word[:i] + word[i + 1] + word[i] + word[i + 2 :])
+    )
+
+
 def says(phrase: str, word: str) -> bool:
     """Whether a phrase says the word, as a word of its own or its plural ("drawn with crayons")."""
     return re.search(rf"\b{re.escape(normalise(word))}s?\b", normalise(phrase)) is not None
@@ -559,6 +569,40 @@ class PromptWriter:
             said = subject(rng.choice(self.preserve[thing]), attribute)
             coloured = attribute if thing in v.objects else None
             prompts.append(self._held_out(rng, "preserved", said, (thing,), coloured, place, style))
+        return prompts
+
+    def leak_prompts(self, per_group: int, neighbours: Sequence[str] = ()) -> list[Prompt]:
+        """Held-out prompts of what a verdict does not rest on, but a table of methods shows.
+
+        neighbours: names of the nearest things (of a style or an attribute: the nearest of its kind) that must stay.
+        Groups: misspelt; for a word of two meanings (orange, the fruit and the colour) ambiguous, which says both, and
+        other meaning, which must stay; neighbour thing, style or attribute.
+        """
+        rng = random.Random(f"leaks {self.seed}")
+        v, kind = self.vocabulary, self.concept.kind
+        prompts: list[Prompt] = []
+        slips = [s for s in (misspell(self.concept.name, rng) for _ in range(per_group)) if s != self.concept.name]
+        for slip in slips:
+            prompts.append(replace(self._forget(rng, slip, held_out=True, pairs=False)[0], group="misspelt"))
+        if kind == "object" and self.name in v.attributes:
+            for i in range(per_group):
+                _, place, style = self._context(rng, self.name, True)
+                said = subject(self.concept.name, self.name)
+                prompts.append(self._held_out(rng, "ambiguous", said, (self.name,), self.name, place, style))
+                things = [n for n in self.preserve if n in v.objects] or list(self.preserve)
+                thing = things[i % len(things)]
+                said = subject(rng.choice(self.preserve[thing]), self.name)
+                _, place, style = self._context(rng, thing, True)
+                prompts.append(self._held_out(rng, "other meaning", said, (thing,), self.name, place, style))
+        for i in range(per_group if neighbours else 0):
+            near = neighbours[i % len(neighbours)]
+            thing = near if near in self.preserve else rng.choice([n for n in self.preserve if n in v.objects])
+            attribute, place, style = self._context(rng, thing, True)
+            attribute, style = (near if kind == "attribute" else attribute), (near if kind == "style" else style)
+            said = subject(rng.choice(self.preserve[thing]), attribute)
+            coloured = attribute if thing in v.objects else None
+            group = f"neighbour {kind if kind in ('style', 'attribute') else 'thing'}"
+            prompts.append(self._held_out(rng, group, said, (thing,), coloured, place, style))
         return prompts
 
     def _held_out(

@@ -59,11 +59,16 @@ def resolve_anchor(
         candidates = [n for n in preserve if n in vocabulary.objects] or list(preserve)
     if not candidates:
         raise ConfigError(f"nothing is left that {concept.name!r} could become; name it with --anchor")
-    ids = encoder.tokenize([article(w) for w in (concept.name, *candidates)])
-    with torch.no_grad():
-        pooled = encoder.pooled(encoder.hidden(ids), ids)
+    return dataclasses.replace(concept, anchor=nearest(concept.name, candidates, encoder)[0])
+
+
+@torch.no_grad()
+def nearest(word: str, candidates: Sequence[str], encoder: TextEncoder) -> list[str]:
+    """The candidates by how near the text tower holds them to the word, the nearest first (cosine, centred)."""
+    ids = encoder.tokenize([article(w) for w in (word, *candidates)])
+    pooled = encoder.pooled(encoder.hidden(ids), ids)
     centred = F.normalize(pooled - pooled.mean(0), dim=-1)
-    return dataclasses.replace(concept, anchor=candidates[int((centred[1:] @ centred[0]).argmax())])
+    return [candidates[i] for i in (centred[1:] @ centred[0]).argsort(descending=True).tolist()]
 
 
 @dataclass(frozen=True)

@@ -86,6 +86,21 @@ class Verification:
         }
 
 
+@dataclass(frozen=True)
+class Look:
+    """Pictures of prompts by one encoder, uint8 (n, height, width, 3), what the judge sees in each (`judge`), and each
+    one's CLIPScore with its own prompt (n,)."""
+
+    images: np.ndarray
+    judged: Mapping[str, list[Any]]
+    clip_scores: np.ndarray
+
+    def drift(self, other: Look) -> np.ndarray:
+        """Mean pixel difference (n,), of 255, from the same prompts' pictures from the same noise."""
+        apart: np.ndarray = np.abs(self.images.astype(np.float32) - other.images.astype(np.float32)).mean((1, 2, 3))
+        return apart
+
+
 @dataclass
 class Verifier:
     """Everything of a model that a verification needs, loaded and calibrated once."""
@@ -136,6 +151,22 @@ class Verifier:
             )
         return calibration
 
+    def look(
+        self,
+        writer: PromptWriter,
+        encoder: TextEncoder,
+        prompts: Sequence[Prompt],
+        calibration: Calibration,
+        *,
+        progress: Progress = lambda n: None,
+    ) -> Look:
+        """Draw prompts with an encoder, from noise that is the same for every encoder, and judge the pictures."""
+        texts = [p.text for p in prompts]
+        images = self.draw(encoder, texts, "verification", writer.seed, progress)
+        embeddings = self.checker.embed_images(images)
+        judged = judge(self.checker, writer, prompts, embeddings, calibration)
+        return Look(images, judged, self.checker.clip_score(embeddings, texts).cpu().numpy())
+
     def verify(
         self,
         writer: PromptWriter,
@@ -149,27 +180,12 @@ class Verifier:
         """Ask original and erased with held-out prompts from the same noise, and conclude from the intervals."""
         limits = limits or Limits()
         prompts = writer.verification_prompts(per_group)
-        texts = [p.text for p in prompts]
-        before = self.draw(self.original, texts, "verification", writer.seed, progress)
-        after = self.draw(erased, texts, "verification", writer.seed, progress)
-        judged = [
-            judge(self.checker, writer, prompts, self.checker.embed_images(i), calibration) for i in (before, after)
-        ]
-        found = [j["concept"] for j in judged]
-        groups = {}
-        for group in dict.fromkeys(p.group for p in prompts):
-            index = [i for i, p in enumerate(prompts) if p.group == group]
-            if group != "preserved":
-                groups[group] = (rate([found[0][i] for i in index]), rate([found[1][i] for i in index]))
-        kept_rates = keep_table(prompts, judged[0], judged[1])
+        before, after = (self.look(writer, e, prompts, calibration, progress=progress) for e in (self.original, erased))
+        groups = found_table(prompts, before.judged, after.judged)
+        kept_rates = keep_table(prompts, before.judged, after.judged)
         own = [i for i, p in enumerate(prompts) if p.group in ("named", "synonym")]
-        moved = np.abs(before[own].astype(np.float32) - after[own].astype(np.float32)).mean((1, 2, 3))
-        changed = rate((moved > limits.unchanged).tolist())
+        changed = rate((after.drift(before)[own] > limits.unchanged).tolist())
         rest = [i for i, p in enumerate(prompts) if p.group == "preserved"]
-        scores = [
-            float(self.checker.clip_score(self.checker.embed_images(images[rest]), [texts[i] for i in rest]).mean())
-            for images in (before, after)
-        ]
         verdict, rule = conclude(groups, kept_rates, changed, limits)
         shown = sample_indices(prompts)
         return Verification(
@@ -179,7 +195,7 @@ class Verifier:
             groups=groups,
             kept=kept_rates,
             calibration=calibration,
-            clip_score=(scores[0], scores[1]),
+            clip_score=(float(before.clip_scores[rest].mean()), float(after.clip_scores[rest].mean())),
             changed=changed,
             limits=limits,
             images={
@@ -190,7 +206,7 @@ class Verifier:
                 "judge": "mini/judge" if self.model.spec.name == "mini" else self.model.spec.judge,
                 "judge_sha256": weights_hash(dict(self.checker.model.state_dict())),
             },
-            samples=tuple((prompts[i], before[i], after[i]) for i in shown),
+            samples=tuple((prompts[i], before.images[i], after.images[i]) for i in shown),
         )
 
 
@@ -258,6 +274,30 @@ def _argmax(table: Mapping[str, Tensor]) -> list[str]:
     return [names[i] for i in torch.stack(list(table.values())).argmax(0).tolist()]
 
 
+# Groups of prompts that don't ask for the concept, and what of their pictures must stay: by its row, the fields of
+# `judge` that count (None where a prompt doesn't say it).
+KEPT_GROUPS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "preserved": (MAIN_ROW, ("others",)),
+    "same thing": ("same thing, other looks", ("others", "attribute", "style")),
+    "same look": ("same look, other things", ("others", "attribute", "style")),
+    "neighbour thing": ("nearest concepts", ("others",)),
+    "neighbour attribute": ("nearest concepts", ("attribute",)),
+    "neighbour style": ("nearest concepts", ("style",)),
+    "other meaning": ("other meaning of the word", ("attribute",)),
+}
+
+
+def found_table(
+    prompts: Sequence[Prompt], before: Mapping[str, list[Any]], after: Mapping[str, list[Any]]
+) -> dict[str, tuple[Rate, Rate]]:
+    """The concept's found rate before and after in each group of prompts that ask for it."""
+    groups = {}
+    for group in dict.fromkeys(p.group for p in prompts if p.group not in KEPT_GROUPS):
+        index = [i for i, p in enumerate(prompts) if p.group == group]
+        groups[group] = (rate([before["concept"][i] for i in index]), rate([after["concept"][i] for i in index]))
+    return groups
+
+
 def keep_table(
     prompts: Sequence[Prompt], before: Mapping[str, list[Any]], after: Mapping[str, list[Any]]
 ) -> dict[str, Rate]:
@@ -268,19 +308,15 @@ def keep_table(
         index = [i for i, p in enumerate(prompts) if p.group in groups and before[field_name][i] is not None]
         return kept([before[field_name][i] for i in index], [after[field_name][i] for i in index])
 
-    table = {MAIN_ROW: share("others", {"preserved"})}
+    table: dict[str, Rate] = {}
+    for group, (row, fields) in KEPT_GROUPS.items():
+        index = [i for i, p in enumerate(prompts) if p.group == group]
+        index = [i for i in index if any(before[f][i] is not None for f in fields)]
+        if index or group == "preserved":
+            table[row] = kept(*([all(j[f][i] is not False for f in fields) for i in index] for j in (before, after)))
     if any(p.group == "two-object" for p in prompts):
         table["other object of a pair"] = share("others", {"two-object"})
     asked = {"named", "synonym"}
-    for group, row in (("same thing", "same thing, other looks"), ("same look", "same look, other things")):
-        index = [i for i, p in enumerate(prompts) if p.group == group]
-        if index:
-            # Both the thing and its look; a look that the prompt doesn't say (the neutral style) is not asked.
-            whole = [
-                [all(j[f][i] is not False for f in ("others", "attribute", "style")) for i in index]
-                for j in (before, after)
-            ]
-            table[row] = kept(*whole)
     if any(
         p.group in asked and any(t for t in p.things) and before["others"][i] is not None for i, p in enumerate(prompts)
     ):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 
-from erase_diffusion.concepts import subject
+from erase_diffusion.concepts import misspell, subject
 from erase_diffusion.mini.world import OBJECTS, PLACES, STYLES, Noun, Scene, Split, Thing, noun
 
 # {s}: the subject, {p}: the place with its preposition (may be empty), {y}: the style phrase.
@@ -53,16 +53,6 @@ RELATION_PHRASES: dict[str, tuple[str, ...]] = {
     "above": ("{a} above {b}", "{a} over {b}", "{b} below {a}"),
     "beside": ("{a} beside {b}", "{a} next to {b}", "{a} and {b}"),
 }
-
-
-def misspell(word: str, rng: random.Random) -> str:
-    """One slip of the finger: a letter dropped, doubled, or swapped with the next."""
-    if len(word) < 3:
-        return word
-    i = rng.randrange(1, len(word) - 1)
-    return rng.choice(
-        (word[:i] + word[i + 1 :], word[:i] + word[i] + word[i:], word[:i] + word[i + 1] + word[i] + word[i + 2 :])
-    )
 
 
 def thing_phrase(thing: Thing, word: str, colour: bool) -> str:
