@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 from erase_diffusion.errors import ConfigError
 
 Z_95 = 1.959963984540054
@@ -88,6 +90,21 @@ def images_for_upper_bound(limit: float, z: float = Z_95) -> int:
     if not 0 < limit < 1:
         raise ConfigError(f"the limit must lie in (0, 1), got {limit}")
     return math.ceil(z * z * (1 - limit) / limit)
+
+
+def recall_at(similarity: np.ndarray, k: int, queries: Sequence[int] | None = None) -> Rate:
+    """Recall at k: of the queries, those whose own match is among the k most similar of all.
+
+    similarity: (n, n), a query's own match on the diagonal.  queries: the rows asked, all if None. A tie counts
+    against the query: of an encoder that maps everything to one point nothing is retrieved.
+    Raises ConfigError for a table that is not square or k under 1.
+    """
+    if similarity.ndim != 2 or similarity.shape[0] != similarity.shape[1] or k < 1:
+        raise ConfigError(f"recall needs a square table and k of at least 1, got {similarity.shape} and {k}")
+    own = np.diagonal(similarity)[:, None]
+    better = (similarity >= own).sum(1) - 1
+    index = range(len(similarity)) if queries is None else queries
+    return Rate(sum(bool(better[i] < k) for i in index), len(index))
 
 
 Verdict = Literal["removed", "partly removed", "not removed", "collapsed", "no effect", "inconclusive"]

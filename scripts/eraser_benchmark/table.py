@@ -1,0 +1,227 @@
+"""The benchmark's figures as Markdown and as one plot. Knows no model."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from erase_diffusion.metrics import Rate, together
+from eraser_benchmark.rows import ROWS
+
+Cell = Mapping[str, Any]
+
+
+def pool(rates: Sequence[Mapping[str, Any] | None]) -> Rate | None:
+    """Several recorded rates as one; None when there are none."""
+    some = [Rate(r["found"], r["total"]) for r in rates if r and r["total"]]
+    return together(some) if some else None
+
+
+def found(*groups: str) -> Callable[[Cell], Rate | None]:
+    return lambda c: pool([c.get("found", {}).get(g) for g in groups])
+
+
+def kept(*rows: str) -> Callable[[Cell], Rate | None]:
+    return lambda c: pool([c.get("kept", {}).get(r) for r in rows])
+
+
+def clip(name: str) -> Callable[[Cell], Rate | None]:
+    return lambda c: pool([(c.get("clip") or {}).get(name)])
+
+
+def recall(side: str, k: int) -> Callable[[Cell], Rate | None]:
+    def get(c: Cell) -> Rate | None:
+        table = (c.get("clip") or {}).get("retrieval")
+        return (
+            pool([table[f"{side}, {way}"][f"R@{k}"] for way in ("text to image", "image to text")]) if table else None
+        )
+
+    return get
+
+
+GONE: dict[str, Callable[[Cell], Rate | None]] = {
+    "named": found("named"),
+    "synonym": found("synonym"),
+    "described": found("described"),
+    "ambiguous": found("ambiguous"),
+    "two-object": found("two-object"),
+    "misspelt": found("misspelt"),
+}
+KEPT: dict[str, Callable[[Cell], Rate | None]] = {
+    "preserved": kept("preserved concepts"),
+    "nearest": kept("nearest concepts"),
+    "other object": kept("other object of a pair", "object of an erased prompt"),
+    "rest of the prompt": kept(
+        "attribute of an erased prompt", "place of an erased prompt", "style of an erased prompt"
+    ),
+    "colours": kept("attribute of a preserved prompt"),
+    "places": kept("place of a preserved prompt"),
+    "styles": kept("style of a preserved prompt"),
+    "the character": kept("the character"),
+    "other meaning": kept("other meaning of the word"),
+}
+CLIP: dict[str, Callable[[Cell], Rate | None]] = {
+    "zero-shot forget": clip("zero-shot forget"),
+    "zero-shot retain": clip("zero-shot retain"),
+    **{f"{side} R@{k}": recall(side, k) for side in ("forget", "retain") for k in (1, 5, 10)},
+}
+
+
+def cells_of(figures: Mapping[str, Any], section: str, row: str) -> list[Cell]:
+    """What a row measured, one cell a concept."""
+    return [cell for done in figures[section].values() if row in done for cell in done[row]["concepts"].values()]
+
+
+def rows_of(figures: Mapping[str, Any], section: str) -> list[str]:
+    there = {row for done in figures[section].values() for row in done}
+    return [row for row in ("original", *ROWS) if row in there]
+
+
+def median(cells: Sequence[Cell], column: Callable[[Cell], Rate | None]) -> str:
+    values = [r.value for r in map(column, cells) if r is not None]
+    return f"{statistics.median(values):.1%}" if values else "–"
+
+
+def pooled(cells: Sequence[Cell], column: Callable[[Cell], Rate | None]) -> str:
+    rates = [r for r in map(column, cells) if r is not None]
+    if not rates:
+        return "–"
+    r = together(rates)
+    return f"{r.value:.1%} [{r.low:.1%}, {r.high:.1%}] of {r.total}"
+
+
+def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *lines)) + "\n"
+
+
+def cost(done: Mapping[str, Any], row: str, name: str) -> str:
+    values = [d[row][name] for d in done.values() if row in d and d[row].get(name) is not None]
+    return f"{statistics.median(values):.1f}" if values else "–"
+
+
+def mean(cells: Sequence[Cell], name: str) -> str:
+    values = [c[name] for c in cells if c.get(name) is not None]
+    return f"{statistics.mean(values):.1f}" if values else "–"
+
+
+def summary(figures: Mapping[str, Any]) -> str:
+    """The short table: medians over the concepts."""
+    columns = {
+        "named + synonym": found("named", "synonym"),
+        **{k: GONE[k] for k in ("described", "two-object", "misspelt")},
+        **{k: KEPT[k] for k in ("preserved", "nearest", "other object", "rest of the prompt")},
+        "zero-shot forget": CLIP["zero-shot forget"],
+        "zero-shot retain": CLIP["zero-shot retain"],
+    }
+    lines = []
+    for row in rows_of(figures, "one"):
+        cells = cells_of(figures, "one", row)
+        shown = [median(cells, c) for c in columns.values()]
+        lines.append([f"`{row}`" if row in ROWS else row, *shown, cost(figures["one"], row, "seconds")])
+    return markdown(["median over the concepts", *columns, "seconds"], lines)
+
+
+def report(figures: Mapping[str, Any]) -> str:
+    """Everything, as Markdown: found, kept, CLIP's own tasks, cost, growth, and each concept's verdict."""
+    asked, one = figures["asked"], figures["one"]
+    parts = [
+        "# Every method side by side\n",
+        f"`python scripts/benchmark_erasers.py --model {asked['model']} --images {asked['images']}`: "
+        f"{', '.join(one)}, each erased alone, {asked['images']} pictures a group, held-out prompts, the same noise "
+        "before and after. Rates over all concepts together with Wilson's 95 % interval and the number of pictures; "
+        "what is kept is of what the original showed.\n",
+        "## In short\n",
+        summary(figures),
+    ]
+    for title, columns in (("What is still found", GONE), ("What is kept", KEPT), ("On the CLIP itself", CLIP)):
+        lines = [
+            [row, *(pooled(cells_of(figures, "one", row), c) for c in columns.values())]
+            for row in rows_of(figures, "one")
+        ]
+        parts += [f"## {title}\n", markdown([title.lower(), *columns], lines)]
+    lines = []
+    for row in rows_of(figures, "one"):
+        cells = cells_of(figures, "one", row)
+        lines.append(
+            [
+                row,
+                *(mean(cells, n) for n in ("clip_score", "drift")),
+                *(cost(one, row, n) for n in ("seconds", "peak_mib")),
+            ]
+        )
+    parts += [
+        "## Pictures and cost\n",
+        "CLIP score of preserved prompts (the judge's, ×100); their mean pixel difference from the original's picture "
+        "(of 255); median seconds and peak memory of the erasure alone.\n",
+        markdown(["row", "CLIP score", "drift", "seconds", "peak MiB"], lines),
+    ]
+    if figures["together"]:
+        parts += ["## Several concepts at once\n", growth(figures)]
+    names = list(one)
+    lines = []
+    for row in rows_of(figures, "one"):
+        if row != "original" and any("verdict" in c for c in cells_of(figures, "one", row)):
+            lines.append(
+                [
+                    row,
+                    *(
+                        next(iter(one[n][row]["concepts"].values())).get("verdict", "–") if row in one[n] else "–"
+                        for n in names
+                    ),
+                ]
+            )
+    parts += ["## Verdicts\n", markdown(["row", *names], lines)]
+    return "\n".join(parts)
+
+
+def growth(figures: Mapping[str, Any]) -> str:
+    """Found and kept over all erased concepts, and the cost, by how many go at once."""
+    counts = sorted(figures["together"], key=int)
+    columns = {"found": found("named", "synonym"), "preserved": KEPT["preserved"], "other object": KEPT["other object"]}
+    lines = []
+    for row in rows_of(figures, "together"):
+        if row == "original":
+            continue
+        for count in counts:
+            done = figures["together"][count]
+            if row in done:
+                cells = list(done[row]["concepts"].values())
+                shown = [pooled(cells, c) for c in columns.values()]
+                lines.append([row, count, *shown, *(cost({count: done}, row, n) for n in ("seconds", "peak_mib"))])
+    return markdown(["row", "concepts", *columns, "seconds", "peak MiB"], lines)
+
+
+def plot(figures: Mapping[str, Any], path: Path) -> None:
+    """Forgetting against retention, one point a row; the strengths of one method joined by a line."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(9, 6.5), layout="constrained")
+    gone = found("named", "synonym", "described", "two-object", "misspelt", "ambiguous")
+    stays = kept("preserved concepts", "nearest concepts", "other object of a pair", "object of an erased prompt")
+    points: dict[str, tuple[float, float]] = {}
+    for row in rows_of(figures, "one"):
+        cells = cells_of(figures, "one", row)
+        before, after = [r for r in map(gone, cells) if r], [r for r in map(stays, cells) if r]
+        if before and after:
+            points[row] = (100 * (1 - together(before).value), 100 * together(after).value)
+    curve = [points[r] for r in points if r == "original" or r.startswith("nullspace")]
+    axes.plot(*zip(*sorted(curve), strict=True), color="0.7", linewidth=1, zorder=0)
+    for i, (row, (x, y)) in enumerate(points.items()):
+        colour = f"C{i % 10}"
+        axes.scatter([x], [y], s=60 if row in ROWS else 30, color=colour, marker="o" if i < 10 else "s", label=row)
+    axes.set_xlabel("gone: prompts for the concept that no longer show it, %")
+    axes.set_ylabel("kept: of what else the original showed, %")
+    axes.set_xlim(-3, 103)
+    axes.set_ylim(-3, 103)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, loc="lower left")
+    axes.set_title(
+        f"{figures['asked']['model']}: forgetting against retention ({', '.join(figures['one'])})", fontsize=10
+    )
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
