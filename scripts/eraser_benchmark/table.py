@@ -33,10 +33,8 @@ def clip(name: str) -> Callable[[Cell], Rate | None]:
 
 def recall(side: str, k: int) -> Callable[[Cell], Rate | None]:
     def get(c: Cell) -> Rate | None:
-        table = (c.get("clip") or {}).get("retrieval")
-        return (
-            pool([table[f"{side}, {way}"][f"R@{k}"] for way in ("text to image", "image to text")]) if table else None
-        )
+        table = (c.get("clip") or {}).get("retrieval") or {}
+        return pool([table.get(f"{side}, {way}", {}).get(f"R@{k}") for way in ("text to image", "image to text")])
 
     return get
 
@@ -53,9 +51,7 @@ KEPT: dict[str, Callable[[Cell], Rate | None]] = {
     "preserved": kept("preserved concepts"),
     "nearest": kept("nearest concepts"),
     "other object": kept("other object of a pair", "object of an erased prompt"),
-    "rest of the prompt": kept(
-        "attribute of an erased prompt", "place of an erased prompt", "style of an erased prompt"
-    ),
+    "rest of the prompt": kept(*(f"{part} of an erased prompt" for part in ("attribute", "place", "style"))),
     "colours": kept("attribute of a preserved prompt"),
     "places": kept("place of a preserved prompt"),
     "styles": kept("style of a preserved prompt"),
@@ -144,13 +140,8 @@ def report(figures: Mapping[str, Any]) -> str:
     lines = []
     for row in rows_of(figures, "one"):
         cells = cells_of(figures, "one", row)
-        lines.append(
-            [
-                row,
-                *(mean(cells, n) for n in ("clip_score", "drift")),
-                *(cost(one, row, n) for n in ("seconds", "peak_mib")),
-            ]
-        )
+        moved = [mean(cells, n) for n in ("clip_score", "drift")]
+        lines.append([row, *moved, *(cost(one, row, n) for n in ("seconds", "peak_mib"))])
     parts += [
         "## Pictures and cost\n",
         "CLIP score of preserved prompts (the judge's, ×100); their mean pixel difference from the original's picture "
@@ -163,17 +154,13 @@ def report(figures: Mapping[str, Any]) -> str:
     lines = []
     for row in rows_of(figures, "one"):
         if row != "original" and any("verdict" in c for c in cells_of(figures, "one", row)):
-            lines.append(
-                [
-                    row,
-                    *(
-                        next(iter(one[n][row]["concepts"].values())).get("verdict", "–") if row in one[n] else "–"
-                        for n in names
-                    ),
-                ]
-            )
+            lines.append([row, *(verdict(one[n], row) for n in names)])
     parts += ["## Verdicts\n", markdown(["row", *names], lines)]
     return "\n".join(parts)
+
+
+def verdict(done: Mapping[str, Any], row: str) -> str:
+    return "; ".join(c.get("verdict", "–") for c in done[row]["concepts"].values()) if row in done else "–"
 
 
 def growth(figures: Mapping[str, Any]) -> str:
@@ -220,8 +207,7 @@ def plot(figures: Mapping[str, Any], path: Path) -> None:
     axes.set_ylim(-3, 103)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="lower left")
-    axes.set_title(
-        f"{figures['asked']['model']}: forgetting against retention ({', '.join(figures['one'])})", fontsize=10
-    )
+    names = ", ".join(figures["one"])
+    axes.set_title(f"{figures['asked']['model']}: forgetting against retention ({names})", fontsize=10)
     figure.savefig(path, dpi=110)
     plt.close(figure)
