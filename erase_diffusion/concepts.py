@@ -151,6 +151,8 @@ class PromptSets:
     forget: (prompt, anchor prompt) pairs.  retain: prompts that must keep their meaning, the empty one first.
     forget_held_out, retain_held_out: the same, of other sentences, for early stopping.
     words: the words to forget, each with what it becomes.  plain: the words in every template, with nothing else said.
+    forget_classes: one plain phrase a concept (“a cat”), retain_classes: one for each of its kind that stays; the
+    classes of CLIP's zero-shot classification.
     """
 
     forget: tuple[tuple[str, str], ...]
@@ -159,6 +161,8 @@ class PromptSets:
     retain_held_out: tuple[str, ...] = ()
     words: tuple[tuple[str, str], ...] = ()
     plain: tuple[str, ...] = ()
+    forget_classes: tuple[str, ...] = ()
+    retain_classes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.forget or not self.retain:
@@ -495,7 +499,32 @@ class PromptWriter:
             retain[self._retain(rng, held_out=False).text] = None
         pairs, kept = list(forget.items()), list(retain)
         a, b = max(1, len(pairs) * 4 // 5), max(1, len(kept) * 4 // 5)
-        return PromptSets(tuple(pairs[:a]), tuple(kept[:b]), tuple(pairs[a:]), tuple(kept[b:]), becomes, self._plain())
+        return PromptSets(
+            tuple(pairs[:a]),
+            tuple(kept[:b]),
+            tuple(pairs[a:]),
+            tuple(kept[b:]),
+            becomes,
+            self._plain(),
+            *self._classes(),
+        )
+
+    def _classes(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The concept as a class, and the classes of its kind that stay; within a thing, looks of things."""
+        v, kind, within = self.vocabulary, self.concept.kind, self.concept.within
+
+        def look(name: str, thing: str) -> str:
+            style = (*v.styles.get(name, ()), f"a {name} picture")[0]
+            return subject(thing, name) if kind == "attribute" else f"{style} of {article(thing)}"
+
+        if kind in ("object", "character"):
+            return (article(self.concept.name),), tuple(article(n) for n in self.preserve)
+        looks = [n for n in v.of_kind(kind) if n != self.name and (kind, n) not in self._gone]
+        looks += [v.neutral_style] if kind == "style" else []
+        things = [within] if within else ["something" if kind == "attribute" else "a thing"]
+        others = [n for n in self.preserve if n in v.objects and n != within] if within else []
+        kept = [look(n, t) for t in things for n in looks] + [look(self.name, n) for n in others]
+        return tuple(look(self.name, t) for t in things), tuple(kept)
 
     def _plain(self) -> tuple[str, ...]:
         """Each of the concept's words in every training template, with no attribute, place or style of its own."""

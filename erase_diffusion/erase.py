@@ -123,7 +123,7 @@ def erase_concept(
         )
     loaded = Model(model, device=device, dtype=dtype) if isinstance(model, str) else model
     if hasattr(config, "learning_rate") and "learning_rate" not in given_settings:
-        config = dataclasses.replace(config, learning_rate=loaded.spec.learning_rate)
+        config = dataclasses.replace(config, learning_rate=loaded.spec.learning_rate * config.rate)
     given = [concept] if isinstance(concept, (str, Concept)) else list(concept)
     concepts = [c if isinstance(c, Concept) else Concept(c, kind, tuple(aliases), anchor) for c in given]
     eraser = ERASERS[method][0](config)

@@ -122,6 +122,8 @@ class Preparation:
             clean([p for part in parts for p in part.retain_held_out]),
             tuple(word for part in parts for word in part.words),
             tuple(prompt for part in parts for prompt in part.plain),
+            (classes := tuple(c for part in parts for c in part.forget_classes)),
+            tuple(c for c in dict.fromkeys(c for part in parts for c in part.retain_classes) if c not in classes),
         ), triggers
 
     def pictures(

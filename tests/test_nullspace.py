@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from erase_diffusion.erasers.base import align
-from erase_diffusion.erasers.nullspace import NullspaceConfig, null_space, project_to_mean, solve_values
+from erase_diffusion.erasers.nullspace import NullspaceConfig, project_to_mean
+from erase_diffusion.erasers.values import null_space, solve_values
 from erase_diffusion.errors import ConfigError
 
 generator = torch.Generator().manual_seed(0)

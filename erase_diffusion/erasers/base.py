@@ -25,6 +25,27 @@ def check_strength(strength: float) -> None:
         raise ConfigError(f"strength must lie in [0, 1], got {strength}")
 
 
+def check_rank(name: str, sets: PromptSets, encoder: TextEncoder) -> None:
+    """Raise ConfigError for more concepts than an encoder has dimensions to tell apart."""
+    width = int(encoder.model.config.hidden_size)
+    if len(sets.forget_classes) >= width:
+        raise ConfigError(
+            f"{name} can remove fewer concepts at once than the text encoder is wide ({width}), "
+            f"got {len(sets.forget_classes)}"
+        )
+
+
+def blend(source: Mapping[str, Tensor], edited: Mapping[str, Tensor], strength: float) -> dict[str, Tensor]:
+    """θ = (1 − s)·θ_source + s·θ_edited, tensor by tensor; at 0 and at 1 it is one of them bit for bit."""
+    return {k: torch.lerp(source[k], v, strength) if v.is_floating_point() else v for k, v in edited.items()}
+
+
+def blend_into(work: TextEncoder, source: TextEncoder, strength: float) -> None:
+    """Take back from `work` all but `strength` of its way from `source`, in place."""
+    if strength != 1.0:
+        work.model.load_state_dict(blend(source.model.state_dict(), work.model.state_dict(), strength))
+
+
 def silent(step: int, total: int, text: str) -> None:
     """A progress that shows nothing."""
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from erase_diffusion.concepts import PromptSets
-from erase_diffusion.erasers.base import Erasure, Progress, align_all, anchored_states, check_strength
+from erase_diffusion.erasers.base import Erasure, Progress, align_all, anchored_states, blend, check_strength
 from erase_diffusion.errors import ConfigError
 from erase_diffusion.text_encoder import TextEncoder
 
@@ -19,11 +20,15 @@ from erase_diffusion.text_encoder import TextEncoder
 class Schedule:
     """How a method trains.
 
+    rate: the method's learning rate as a multiple of what its model usually takes.
+
     strength: 0 leaves the encoder as it is, 1 moves it the whole way; between, the weights are blended.
     steps: at most; batch_size: prompts of each side and sort (with a picture, without) in a step.
     patience: evaluations, one every `evaluate_every` steps, without improvement on the held-out prompts before it
     stops.
     """
+
+    rate: ClassVar[float] = 1.0
 
     strength: float = 1.0
     learning_rate: float = 1e-5
@@ -112,11 +117,6 @@ def whole(work: TextEncoder) -> nn.Module:
     return model
 
 
-def blend(source: Mapping[str, Tensor], edited: Mapping[str, Tensor], strength: float) -> dict[str, Tensor]:
-    """θ = (1 − s)·θ_source + s·θ_edited, tensor by tensor; at 0 and at 1 it is one of them bit for bit."""
-    return {k: torch.lerp(source[k], v, strength) if v.is_floating_point() else v for k, v in edited.items()}
-
-
 def train(
     name: str,
     encoder: TextEncoder,
@@ -127,11 +127,12 @@ def train(
     seed: int,
     progress: Progress,
     prepare: Callable[[TextEncoder], nn.Module] = whole,
+    ema: float = 0.0,
 ) -> Erasure:
     """Adam on a copy of `encoder`, warmed up over ten steps; the best held-out checkpoint is kept.
 
     prepare: given the copy, what of it (or beside it) is trained: the parameters of the returned module that ask for a
-    gradient.
+    gradient.  ema: decay of the exponential moving average of the weights that is evaluated and kept; 0 for none.
     Raises ConfigError when the loss stops being finite: nothing of such a run is worth keeping.
     """
     rng = random.Random(f"{name} {seed}")
@@ -139,6 +140,7 @@ def train(
     work = encoder.copy()
     module = prepare(work).train()
     source = {k: v.detach().clone() for k, v in module.state_dict().items()}
+    average = source
     trained = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=config.learning_rate)
     training, held_out = batches
@@ -158,7 +160,12 @@ def train(
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
+        if ema:
+            average = blend(module.state_dict(), average, ema)
         if step % config.evaluate_every == 0 or step == config.steps:
+            live = {k: v.detach().clone() for k, v in module.state_dict().items()} if ema else None
+            if live:
+                module.load_state_dict(average)
             with torch.no_grad():
                 values = losses(work, held_out, *held_out.sample(random.Random(0), 64), rng)
             history.append({"step": step, **{k: float(v) for k, v in values.items()}})
@@ -168,6 +175,8 @@ def train(
                 best = {k: v.detach().clone() for k, v in module.state_dict().items()}
             else:
                 waited += 1
+            if live:
+                module.load_state_dict(live)
         progress(step, config.steps, f"held-out loss {history[-1]['total']:.3f}" if history else "")
         if waited >= config.patience:
             stopped = f"no better held-out loss for {waited} evaluations after step {best_step}"

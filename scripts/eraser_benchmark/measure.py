@@ -127,7 +127,7 @@ class Started:
         model = self.bench.model
         config = method_config(row.method, **row.settings)
         if hasattr(config, "learning_rate") and "learning_rate" not in row.settings:
-            config = replace(config, learning_rate=model.spec.learning_rate)
+            config = replace(config, learning_rate=model.spec.learning_rate * config.rate)
         eraser = ERASERS[row.method][0](config)
         pictured = eraser.needs in ("features", "pixels")
         memory, started = Memory(), time.perf_counter()
