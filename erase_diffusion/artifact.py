@@ -4,6 +4,8 @@
 <folder>/tokenizer/      the source's own
 <folder>/erasure.json    what was erased, how, from what, and what was measured
 <folder>/README.md       a model card;  before-after.png when the erasure was verified
+<folder>/clip/           the whole CLIP, when its image tower was erased as well
+<folder>/whole.safetensors  what a closed form changed, at full strength, when it was asked for less
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel
 
 SCHEMA_VERSION = 1
+WHOLE = "whole.safetensors"
 
 
 def check_output(folder: Path, *, overwrite: bool) -> None:
@@ -62,24 +66,49 @@ def save_drop_in(
     picture: Image.Image | None,
     *,
     overwrite: bool,
+    whole: Mapping[str, torch.Tensor] | None = None,
+    clip: Sequence[Any] = (),
 ) -> None:
     """Write the whole folder into a temporary sibling, prove it by a strict reload, then rename it.
 
+    whole: `Erasure.whole`.  clip: a CLIPModel, its tokenizer and its processor, to be saved whole.
     Raises OutputError when it cannot be written, leaving nothing half-written, and ModelError when the
     weights are not finite.
     """
-    check_output(folder, overwrite=overwrite)
-    folder = folder.resolve()  # what a link points to is replaced, not the link
     state = encoder.state_dict()
     broken = [k for k, v in state.items() if not torch.isfinite(v).all()]
     if broken:
         raise ModelError(f"the erased encoder holds NaN or infinite values ({broken[0]}); nothing was saved")
+
+    def write(temporary: Path) -> None:
+        write_encoder(temporary, encoder)
+        (temporary / "erasure.json").write_text(
+            json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
+        )
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+        if picture is not None:
+            picture.save(temporary / "before-after.png", optimize=True)
+        for part in clip:
+            part.save_pretrained(temporary / "clip")
+        if whole:
+            save_file(dict(whole), temporary / WHOLE, metadata={"format": "pt"})
+
+    write_folder(folder, write, overwrite=overwrite)
+
+
+def write_folder(folder: Path, write: Callable[[Path], None], *, overwrite: bool) -> None:
+    """Let `write` fill a temporary sibling, then rename it to `folder`: it is there whole or not at all.
+
+    Raises OutputError when it cannot be written, leaving nothing half-written.
+    """
+    check_output(folder, overwrite=overwrite)
+    folder = folder.resolve()  # what a link points to is replaced, not the link
     temporary = None
     missing = [p for p in folder.parents if not p.exists()]
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
-        _write(temporary, encoder, state, record, card, picture)
+        write(temporary)
         temporary.chmod(0o755)
         if folder.exists():
             old = temporary.with_suffix(".old")
@@ -104,14 +133,9 @@ def save_drop_in(
                 parent.rmdir()
 
 
-def _write(
-    folder: Path,
-    encoder: TextEncoder,
-    state: dict[str, torch.Tensor],
-    record: dict[str, Any],
-    card: str,
-    picture: Image.Image | None,
-) -> None:
+def write_encoder(folder: Path, encoder: TextEncoder) -> None:
+    """Write `text_encoder/` and `tokenizer/`, and prove the weights by reading them back. Raises OSError."""
+    state = encoder.state_dict()
     target = folder / "text_encoder"
     target.mkdir()
     config = encoder.model.config.to_dict()
@@ -131,12 +155,6 @@ def _write(
     vocab = encoder.tokenizer.get_vocab()
     # transformers 5 saves tokenizer.json alone; the slow tokenizers of other tools read these two.
     _write_vocabulary(folder / "tokenizer", encoder, vocab)
-    (folder / "erasure.json").write_text(
-        json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
-    )
-    (folder / "README.md").write_text(card, encoding="utf-8")
-    if picture is not None:
-        picture.save(folder / "before-after.png", optimize=True)
     reloaded = load_file(target / "model.safetensors")
     if weights_hash(reloaded) != weights_hash(state):
         raise OSError("the weights read back differ from those written")
@@ -165,12 +183,24 @@ def read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
+def check_source(folder: Path, record: Mapping[str, Any], base: Model) -> TextEncoder:
+    """The text encoder of `base`, when it is the one that the erasure started from. Raises ModelError."""
+    encoder = base.text_encoder()
+    found, origin = source_hash(encoder), str(record["source"]["sha256"])
+    if found != origin:
+        raise ModelError(
+            f"{folder} was erased from {record['source'].get('model')!r} (sha256 {origin[:12]}…), "
+            f"the text encoder of {base.name!r} is another (sha256 {found[:12]}…)"
+        )
+    return encoder
+
+
 def load_erased_text_encoder(
-    folder: str | Path, *, base: str | None = None, dtype: torch.dtype | None = None
+    folder: str | Path, *, base: str | Model | None = None, dtype: torch.dtype | None = None
 ) -> CLIPTextModel:
     """Load a drop-in's `CLIPTextModel`, checked.
 
-    base: a model name, folder or hub id; its text encoder must be the one that the erasure started from.
+    base: a model name, folder, hub id, or a `Model`; its text encoder must be the one that the erasure started from.
     dtype: what to load as; float32 if None, as diffusers does. A pipeline's components must share one.
 
     Raises ModelError when files are missing or damaged, when the weights are not those the record hashes, or
@@ -186,17 +216,12 @@ def load_erased_text_encoder(
         raise ModelError(f"{weights} is missing")
     found = weights_hash(load_file(weights))
     try:
-        expected, origin = record["erased"]["sha256"], record["source"]["sha256"]
+        expected, _ = record["erased"]["sha256"], record["source"]["sha256"]
     except (KeyError, TypeError):
         raise ModelError(f"{folder / 'erasure.json'} lacks the hashes of its weights") from None
     if found != expected:
         raise ModelError(f"{folder}: the weights are not the ones that erasure.json records (sha256 {found[:12]}…)")
     if base is not None:
-        source = source_hash(Model(base).text_encoder())
-        if source != origin:
-            raise ModelError(
-                f"{folder} was erased from {record['source'].get('model')!r} (sha256 {origin[:12]}…), "
-                f"the text encoder of {base!r} is another (sha256 {source[:12]}…)"
-            )
+        check_source(folder, record, Model(base) if isinstance(base, str) else base)
     model: CLIPTextModel = from_pretrained(CLIPTextModel, folder / "text_encoder", dtype=dtype or torch.float32)
     return model.eval()

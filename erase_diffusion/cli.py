@@ -59,14 +59,22 @@ def _one_line(error: BaseException) -> str:
 @click.command(
     cls=_Command, epilog=EXAMPLES, context_settings={"max_content_width": 110, "help_option_names": ["-h", "--help"]}
 )
-@click.option("--concept", "concepts", multiple=True, required=True, help="What to erase; may be repeated.")
+@click.option("--concept", "concepts", multiple=True, help="What to erase; may be repeated.")
+@click.option(
+    "--concepts-file",
+    type=click.Path(path_type=Path),
+    help="A CSV file of what to erase: a column concept, and if wished kind, alias, anchor, within.",
+)
 @click.option(
     "--model",
     default="mini",
     show_default=True,
     help="mini, sd-1.4, sd-1.5, sd-2.1, a folder in the diffusers layout, or a hub id.",
 )
-@click.option("--kind", default="object", show_default=True, help="object, style, character or attribute.")
+@click.option(
+    "--kind",
+    help="object, style, character or attribute. [default: object; with --within what the word is known as]",
+)
 @click.option(
     "--alias",
     "aliases",
@@ -79,7 +87,7 @@ def _one_line(error: BaseException) -> str:
 )
 @click.option(
     "--within",
-    help="Erase an attribute or style on this thing alone: --concept red --kind attribute --within cat.",
+    help="Erase an attribute or style on this thing alone: --concept red --within cat, --concept crayon --within cat.",
 )
 @click.option(
     "--preserve",
@@ -90,8 +98,8 @@ def _one_line(error: BaseException) -> str:
 @click.option(
     "--method",
     default=None,
-    help="cliperase (default), nullspace, token-swap, single-layer, gradient-difference, gradient-ascent or "
-    "retain-finetune.",
+    help="cliperase (default), nullspace, multimodal-nullspace, subgroup, lipschitz; to measure against: token-swap, "
+    "single-layer, gradient-difference, gradient-ascent, retain-finetune.",
 )
 @click.option("--strength", type=float, help="From 0, the encoder as it is, to 1, the whole way. [default: 1]")
 @click.option("--steps", type=int, help="Training steps at most, for methods that train.")
@@ -119,6 +127,12 @@ def _one_line(error: BaseException) -> str:
     is_flag=True,
     help="Go on without images or lines that cannot be read; they are counted in the record.",
 )
+@click.option(
+    "--from",
+    "start",
+    type=click.Path(path_type=Path),
+    help="Go on from this drop-in folder: what it has forgotten stays forgotten, and is verified again.",
+)
 @click.option("--output", type=click.Path(path_type=Path), help="The folder to write. [default: erased-CONCEPT]")
 @click.option("--overwrite", is_flag=True, help="Replace an erasure that is there.")
 @click.option(
@@ -135,6 +149,7 @@ def _one_line(error: BaseException) -> str:
 @click.version_option(package_name="erase-diffusion")
 def erase_concept(
     concepts: tuple[str, ...],
+    concepts_file: Path | None,
     aliases: tuple[str, ...],
     preserve: tuple[str, ...],
     output: Path | None,
@@ -152,13 +167,20 @@ def erase_concept(
     """
     # Words are checked before torch is imported: a typo answers at once.
     from erase_diffusion.concepts import Concept
+    from erase_diffusion.concepts_file import read_concepts
 
-    given = [Concept(c, options["kind"], aliases, options["anchor"], options["within"]) for c in concepts]
+    kind = options["kind"] or ("attribute" if options["within"] else "object")
+    for c in concepts:
+        Concept(c, kind, aliases, options["anchor"], options["within"])  # type: ignore[arg-type]  # it checks itself
     if aliases and len(concepts) > 1:
         raise ConfigError(
-            f"--alias belongs to one concept, got {len(concepts)} concepts; erase them one by one, or leave it out"
+            f"--alias belongs to one concept, got {len(concepts)} concepts; give each its own in a --concepts-file"
         )
-    folder = output or Path("erased-" + "-".join(_slug(c) for c in concepts)[:80])
+    listed = read_concepts(concepts_file, kind=options["kind"]) if concepts_file else ()
+    if not concepts and not listed:
+        raise ConfigError("nothing to erase: name it with --concept, or list it in a --concepts-file")
+    names = [*concepts, *(c.name for c in listed)]
+    folder = output or Path("erased-" + "-".join(_slug(c) for c in names)[:80])
     with _quiet_libraries():
         import torch
 
@@ -168,10 +190,10 @@ def erase_concept(
 
         check_output(folder, overwrite=overwrite)
         _check_device(options["device"])
-        options = {k: v for k, v in options.items() if k not in ("kind", "anchor", "within")}
         with _progress(quiet) as progress:
             result = erase(
-                given,
+                [*concepts, *listed],
+                aliases=aliases,
                 preserve=preserve,
                 method=method or DEFAULT_METHOD,
                 dtype=getattr(torch, dtype),
@@ -185,6 +207,43 @@ def erase_concept(
     elif not quiet:
         _print_summary(result, folder)
     sys.exit(result.exit_code)
+
+
+@click.group(context_settings={"max_content_width": 110, "help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="erase-diffusion")
+def erase_diffusion() -> None:
+    """What to do with an erasure once it is made; erase-concept makes one."""
+
+
+@erase_diffusion.command(cls=_Command)
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option(
+    "--strength",
+    type=float,
+    default=0.0,
+    show_default=True,
+    help="0 gives the original back, bit for bit; a closed form can be given any other, up to 1, the whole way.",
+)
+@click.option("--model", help="Where the original lies, if not where the drop-in's record says.")
+@click.option("--output", required=True, type=click.Path(path_type=Path), help="The folder to write.")
+@click.option("--overwrite", is_flag=True, help="Replace an erasure that is there.")
+@click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
+def restore(folder: Path, strength: float, model: str | None, output: Path, overwrite: bool, as_json: bool) -> None:
+    """Take back the erasure in FOLDER, or change how strong it is, without doing its work again."""
+    with _quiet_libraries():
+        from erase_diffusion.artifact import check_output
+        from erase_diffusion.models import source_hash
+        from erase_diffusion.restore import restore as take_back
+
+        check_output(output, overwrite=overwrite)
+        restored = take_back(folder, strength=strength, model=model)
+        restored.save_pretrained(output, overwrite=overwrite)
+        digest = source_hash(restored.encoder)
+    if as_json:
+        click.echo(json.dumps({"output": str(output), "strength": strength, "sha256": digest}))
+    else:
+        what = "the original text encoder" if strength == 0 else f"the erasure at strength {strength}, not verified"
+        click.echo(f"{output}: {what} (sha256 {digest[:12]}…)")
 
 
 def _slug(word: str) -> str:

@@ -215,6 +215,14 @@ def asks_for(phrase: str, concept: Concept) -> bool:
     return (concept.within is None or says(phrase, concept.within)) and any(says(phrase, w) for w in concept.words)
 
 
+def default_kind(word: str, within: str | None, vocabulary: Vocabulary) -> Kind:
+    """The kind of a concept that was given none: object, or within a thing the look that the word is known as."""
+    if within is None:
+        return "object"
+    styles = {normalise(w) for name, words in vocabulary.of_kind("style").items() for w in (name, *words)}
+    return "style" if normalise(word) in styles else "attribute"
+
+
 def resolve_concept(concept: Concept, vocabulary: Vocabulary) -> Concept:
     """Add the aliases that the vocabulary knows, and spell a known word as it does ("Cat" is no proper name).
 
@@ -235,6 +243,12 @@ def resolve_concept(concept: Concept, vocabulary: Vocabulary) -> Concept:
                 # “A crayon drawing” is no synonym of crayon: it says the word.
                 extra = tuple(w for w in extra if not says(w, concept.name))
             return replace(concept, aliases=tuple(dict.fromkeys((*concept.aliases, *extra))))
+    if concept.within is not None:
+        # The other looks of the thing are what must stay: they have to be known.
+        raise ConfigError(
+            f"{concept.name!r} is no {concept.kind} that the model's vocabulary holds, so it cannot be erased within "
+            f"{concept.within!r}; it holds {', '.join(vocabulary.of_kind(concept.kind)) or 'none'}"
+        )
     other = vocabulary.find(concept.name)
     if other:
         raise ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import platform
@@ -10,23 +11,26 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from erase_diffusion.artifact import SCHEMA_VERSION, save_drop_in
-from erase_diffusion.concepts import Concept, Kind, PromptSets
+from erase_diffusion.artifact import SCHEMA_VERSION, load_erased_text_encoder, read_record, save_drop_in
+from erase_diffusion.concepts import Concept, Kind, PromptSets, default_kind
 from erase_diffusion.erasers import ERASERS, Eraser, Erasure
-from erase_diffusion.errors import ConfigError
+from erase_diffusion.errors import ConfigError, ModelError
 from erase_diffusion.metrics import Limits
 from erase_diffusion.models import Model, source_hash
 from erase_diffusion.preparation import Preparation, Progress, counter, prepare, read_own_images
 from erase_diffusion.report.before_after import before_after
 from erase_diffusion.report.model_card import model_card
-from erase_diffusion.text_encoder import TextEncoder
+from erase_diffusion.text_encoder import PREFIX, TextEncoder
 from erase_diffusion.verification import Verification, Verifier, make_checker
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel
 
 DEFAULT_METHOD = "cliperase"
 
@@ -37,12 +41,14 @@ class ErasedConcept:
 
     verifications: one a concept, in order; empty when verification was turned off.
     record: what `erasure.json` will hold.
+    clip: the whole CLIP with its tokenizer and processor, when its image tower was erased too.
     """
 
     concepts: tuple[Concept, ...]
     erasure: Erasure
     verifications: tuple[Verification, ...]
     record: dict[str, Any]
+    clip: tuple[Any, ...] = ()
 
     @property
     def exit_code(self) -> int:
@@ -62,7 +68,14 @@ class ErasedConcept:
         """Write the drop-in folder, whole or not at all. Raises OutputError."""
         path = Path(folder)
         save_drop_in(
-            path, self.erasure.encoder, self.record, model_card(self.record), self.picture(), overwrite=overwrite
+            path,
+            self.erasure.encoder,
+            self.record,
+            model_card(self.record),
+            self.picture(),
+            overwrite=overwrite,
+            whole=self.erasure.whole,
+            clip=self.clip,
         )
         return path
 
@@ -84,9 +97,10 @@ def erase_concept(
     concept: str | Concept | Sequence[str | Concept],
     *,
     model: str | Model = "mini",
-    kind: Kind = "object",
+    kind: Kind | None = None,
     aliases: Sequence[str] = (),
     anchor: str | None = None,
+    within: str | None = None,
     preserve: Sequence[str] = (),
     method: str = DEFAULT_METHOD,
     strength: float | None = None,
@@ -98,6 +112,7 @@ def erase_concept(
     forget_images: str | Path | None = None,
     retain_images: str | Path | None = None,
     skip_bad: bool = False,
+    start: str | Path | None = None,
     verify: bool = True,
     images_per_group: int = 60,
     limits: Limits | None = None,
@@ -105,10 +120,13 @@ def erase_concept(
 ) -> ErasedConcept:
     """Erase concepts from a model's text encoder, then draw and judge before and after.
 
-    concept: a word, a `Concept`, or several of either; `kind`, `aliases` and `anchor` belong to the words.
+    concept: a word, a `Concept`, or several of either; `kind` (by default object; within a thing what the vocabulary
+    knows the word as), `aliases`, `anchor` and `within` belong to the words.
     model: a name of `MODELS`, a folder, a hub id, or a loaded `Model`.
     settings: further fields of the method's config.
     forget_images, retain_images: folders of the user's own (imagefolder layout) instead of pictures drawn here.
+    start: a drop-in folder to go on from: what it has forgotten stays forgotten, is verified again, and the record
+    tells of all.
     images_per_group: pictures drawn for each group of the verification, and as many for its calibration. With 60 a
     verdict bears a stray find of the judge: 1 of 120 named and synonym prompts ends under 5 %, 1 of 80 would not.
 
@@ -125,23 +143,39 @@ def erase_concept(
     if hasattr(config, "learning_rate") and "learning_rate" not in given_settings:
         config = dataclasses.replace(config, learning_rate=loaded.spec.learning_rate * config.rate)
     given = [concept] if isinstance(concept, (str, Concept)) else list(concept)
-    concepts = [c if isinstance(c, Concept) else Concept(c, kind, tuple(aliases), anchor) for c in given]
+    concepts = [
+        c
+        if isinstance(c, Concept)
+        else Concept(c, kind or default_kind(c, within, loaded.vocabulary), tuple(aliases), anchor, within)
+        for c in given
+    ]
     eraser = ERASERS[method][0](config)
     if (forget_images or retain_images) and eraser.needs not in ("features", "pixels"):
         raise ConfigError(
             f"{method} uses no images; leave out --forget-images and --retain-images, or choose cliperase"
         )
     own = read_own_images(concepts, forget_images, retain_images, skip_bad) if concepts else None
-    job = prepare(concepts, loaded, preserve=preserve, needs_clip=eraser.needs != "prompts", own=own, seed=seed)
+    lineage, tower = _go_on_from(start, loaded) if start is not None else ([], None)
+    job = prepare(
+        concepts,
+        loaded,
+        preserve=preserve,
+        needs_clip=eraser.needs != "prompts",
+        own=own,
+        seed=seed,
+        start=tower,
+        earlier=[_recorded_concept(c, start) for record in lineage for c in record["concepts"]],
+    )
 
     verifier, calibrations = None, []
+    judged = (*job.writers, *job.earlier)
     if verify:
         checker = make_checker(loaded)
-        checker.refuse_generator(job.encoder)
-        verifier = Verifier(loaded, job.encoder, loaded.painter(), checker)
-        total = len(job.writers) * (3 * images_per_group + images_per_group // 2)
+        checker.refuse_generator(job.original)
+        verifier = Verifier(loaded, job.original, loaded.painter(), checker)
+        total = len(judged) * (3 * images_per_group + images_per_group // 2)
         count = counter(progress, "calibrating the judge", total)
-        calibrations = [verifier.calibrate(w, images=images_per_group, progress=count) for w in job.writers]
+        calibrations = [verifier.calibrate(w, images=images_per_group, progress=count) for w in judged]
 
     started = time.perf_counter()
     sets, triggers = job.prompt_sets()
@@ -155,14 +189,49 @@ def erase_concept(
     if verifier:
         # The drop-in is saved in the source's dtype: what is verified is what is saved.
         shipped = _rounded(erasure.encoder)
-        total = sum(2 * len(w.verification_prompts(images_per_group)) for w in job.writers)
+        total = sum(2 * len(w.verification_prompts(images_per_group)) for w in judged)
         count = counter(progress, "verifying", total)
-        for writer, calibration in zip(job.writers, calibrations, strict=True):
+        for writer, calibration in zip(judged, calibrations, strict=True):
             verifications.append(
                 verifier.verify(writer, shipped, calibration, per_group=images_per_group, limits=limits, progress=count)
             )
-    record = _record(job, erasure, triggers, sets, seconds, verifications)
-    return ErasedConcept(job.concepts, erasure, tuple(verifications), record)
+    record = _record(job, erasure, triggers, sets, seconds, verifications, lineage)
+    concepts = [w.concept for w in judged]
+    return ErasedConcept(tuple(concepts), erasure, tuple(verifications), record, _whole_clip(job, erasure))
+
+
+def _go_on_from(folder: str | Path, model: Model) -> tuple[list[dict[str, Any]], CLIPTextModel]:
+    """The records of what a drop-in has forgotten, the oldest first, and its text tower in float32, checked."""
+    tower = load_erased_text_encoder(folder, base=model)
+    record = read_record(Path(folder))
+    earlier = record.get("earlier", [])
+    keep = ("concepts", "method", "parameters", "stopped", "erased", "versions", "seconds")
+    lineage = [*earlier, {k: record[k] for k in keep if k in record}] if isinstance(earlier, list) else None
+    if not lineage or not all(isinstance(r, dict) and isinstance(r.get("concepts"), list) for r in lineage):
+        raise ModelError(f"{Path(folder) / 'erasure.json'} does not say what was erased before")
+    return lineage, tower
+
+
+def _recorded_concept(row: Any, folder: str | Path | None) -> Concept:
+    """A concept as a record has it. Raises ModelError when it is none."""
+    try:
+        return Concept(row["name"], row["kind"], tuple(row["aliases"]), row["anchor"], row.get("within"))
+    except (KeyError, TypeError, AttributeError, ConfigError) as error:
+        raise ModelError(f"{folder}: its record names a concept that is none: {error}") from None
+
+
+def _whole_clip(job: Preparation, erasure: Erasure) -> tuple[Any, ...]:
+    """The whole CLIP with its tokenizer and processor, when more than the text tower was erased; else nothing."""
+    encoder = erasure.encoder
+    if encoder.image_tower is None or encoder.image_tower is job.original.image_tower:
+        return ()
+    clip, tokenizer, processor = job.clip
+    whole = copy.deepcopy(clip)
+    text = {k.removeprefix(PREFIX): v for k, v in encoder.model.state_dict().items()}
+    whole.text_model.load_state_dict(text)
+    whole.vision_model.load_state_dict(encoder.image_tower.model.state_dict())
+    whole.visual_projection.load_state_dict(encoder.image_tower.projection.state_dict())
+    return whole, tokenizer, processor
 
 
 def run_eraser(
@@ -212,6 +281,7 @@ def _record(
     sets: PromptSets,
     seconds: float,
     verifications: Sequence[Verification],
+    lineage: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     model, own = job.model, job.own
     return {
@@ -228,6 +298,8 @@ def _record(
             }
             for w in job.writers
         ],
+        # What the encoder had forgotten before this erasure, the oldest first.
+        "earlier": list(lineage),
         "method": erasure.method,
         "parameters": erasure.parameters | {"seed": job.seed},
         "stopped": erasure.stopped,
@@ -241,7 +313,7 @@ def _record(
         "source": {
             "model": model.name,
             "load_from": model.load_from,
-            "sha256": source_hash(job.encoder),
+            "sha256": source_hash(job.original),
             "class": "CLIPTextModel",
         },
         "erased": {"sha256": source_hash(erasure.encoder), "dtype": str(erasure.encoder.dtype).removeprefix("torch.")},
@@ -249,5 +321,8 @@ def _record(
         "device": model.device,
         "picture_dtype": str(model.dtype).removeprefix("torch."),
         "seconds": round(seconds, 3),
-        "verification": [{"concept": w.name, **v.to_dict()} for w, v in zip(job.writers, verifications, strict=False)],
+        "verification": [
+            {"concept": w.name, **v.to_dict()}
+            for w, v in zip((*job.writers, *job.earlier), verifications, strict=False)
+        ],
     }

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,9 @@ from erase_diffusion.imagefolder import ImageFolder, read_image_folder
 from erase_diffusion.models import Model
 from erase_diffusion.text_encoder import TextEncoder
 from erase_diffusion.triggers import find_triggers
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel
 
 # Stage, done, total: what a progress display is told.
 Progress = Callable[[str, int, int], None]
@@ -76,15 +79,19 @@ class Preparation:
     """Concepts with their anchors and prompts, and the encoder to erase them from: what every method starts with.
 
     clip: the paired CLIP's model, tokenizer and processor, or None where no method asked for it.
+    original: the unedited encoder, `encoder` itself unless the erasure goes on from an earlier one.
     writers: of the prompts, one a concept.  own: the user's images.
+    earlier: writers of what `encoder` has forgotten already, and has to go on forgetting.
     """
 
     model: Model
+    original: TextEncoder
     encoder: TextEncoder
     clip: Any
     writers: tuple[PromptWriter, ...]
     own: OwnImages
     seed: int
+    earlier: tuple[PromptWriter, ...] = ()
 
     @property
     def concepts(self) -> tuple[Concept, ...]:
@@ -93,7 +100,7 @@ class Preparation:
     def prompt_sets(self) -> tuple[PromptSets, dict[str, list[str]]]:
         """The forget pairs of all concepts together, retain prompts that name none of them, and the words that were
         found to ask for each concept without naming it."""
-        parts, triggers = [], {}
+        parts, triggers, many = [], {}, len(self.writers)
         erased = {normalise(w) for concept in self.concepts for w in concept.words}
         for writer in self.writers:
             concept, v = writer.concept, writer.vocabulary
@@ -105,19 +112,20 @@ class Preparation:
                 rest = [words for words in others.values() if not erased & {normalise(w) for w in words}]
                 found = find_triggers(self.encoder, v, concept.words, rest)
             triggers[concept.name] = found
-            parts.append(writer.training_sets(320, 640 // len(self.writers), found))
+            parts.append(writer.training_sets(min(320, -(-1280 // many)), -(-640 // many), found))
 
         def clean(prompts: Sequence[str]) -> tuple[str, ...]:
             # With several concepts, one's retain prompts may name another (a style beside an object).
             return tuple(
-                p
-                for p in dict.fromkeys(prompts)
-                if len(self.writers) == 1 or not any(asks_for(p, c) for c in self.concepts)
+                p for p in dict.fromkeys(prompts) if many == 1 or not any(asks_for(p, c) for c in self.concepts)
             )
 
+        # What is forgotten already is held where it is now: at its anchor.
+        held = [w.training_sets(-(-320 // len(self.earlier)), 1) for w in self.earlier]
+        held_prompts = [p for part in held for p, _ in part.forget if not any(asks_for(p, c) for c in self.concepts)]
         return PromptSets(
             tuple(pair for part in parts for pair in part.forget),
-            clean([p for part in parts for p in part.retain]),
+            clean([*(p for part in parts for p in part.retain), *held_prompts]),
             tuple(pair for part in parts for pair in part.forget_held_out),
             clean([p for part in parts for p in part.retain_held_out]),
             tuple(word for part in parts for word in part.words),
@@ -183,29 +191,40 @@ def prepare(
     needs_clip: bool = True,
     own: OwnImages | None = None,
     seed: int = 0,
+    start: CLIPTextModel | None = None,
+    earlier: Sequence[Concept] = (),
 ) -> Preparation:
     """Settle what is erased (aliases, anchors), what stays, and who writes their prompts; no picture is drawn.
 
+    start: the erased text tower to go on from, and `earlier` what it has forgotten, with anchors.
     Raises ConfigError for words that contradict each other, ModelError, and DataError for a bad caption.
     """
     if not concepts:
         raise ConfigError("no concept given; name at least one to erase")
     concepts = [resolve_concept(c, model.vocabulary) for c in concepts]
-    words = [[w for other in concepts if other is not c for w in other.words] for c in concepts]
-    keeps = [preserved(c, model.vocabulary, preserve, w) for c, w in zip(concepts, words, strict=True)]
+    for c in concepts:
+        if any(asks_for(c.name, e) or asks_for(e.name, c) for e in earlier if e.within is None and c.within is None):
+            raise ConfigError(f"{c.name!r} is erased already from the encoder to go on from")
+    together = [*concepts, *earlier]
+    words = [
+        [w for other in together if other is not c and other.within is None for w in other.words] for c in together
+    ]
+    keeps = [preserved(c, model.vocabulary, preserve, w) for c, w in zip(together, words, strict=True)]
     # A closed form needs no CLIP: it is worth a look when it is on disk, but not a download.
     clip = model.clip() if needs_clip or Path(model.spec.clip).is_dir() else None
-    encoder = model.paired_text_encoder(clip[0]) if clip else model.text_encoder()
-    erased = {normalise(w) for c in concepts for w in c.words}
+    original = model.paired_text_encoder(clip[0]) if clip else model.text_encoder()
+    encoder = original if start is None else dataclasses.replace(original, model=start.to(model.device))
+    erased = {normalise(w) for c in together if c.within is None for w in c.words}
     writers = []
-    for one, keep in zip(concepts, keeps, strict=True):
+    for one, keep in zip(together, keeps, strict=True):
         anchored = resolve_anchor(one, model.vocabulary, keep, encoder, erased)
         if anchored.anchor and normalise(anchored.anchor) in erased:
             raise ConfigError(f"{one.name!r} cannot become {anchored.anchor!r}, which is to be erased as well")
-        writers.append(PromptWriter(anchored, model.vocabulary, keep, seed, [c for c in concepts if c is not one]))
+        writers.append(PromptWriter(anchored, model.vocabulary, keep, seed, [c for c in together if c is not one]))
     own = own or OwnImages(None, None)
-    _check_captions(own, [w.concept for w in writers], encoder)
-    return Preparation(model, encoder, clip, tuple(writers), own, seed)
+    _check_captions(own, [w.concept for w in writers[: len(concepts)]], encoder)
+    count = len(concepts)
+    return Preparation(model, original, encoder, clip, tuple(writers[:count]), own, seed, tuple(writers[count:]))
 
 
 @dataclass(frozen=True)

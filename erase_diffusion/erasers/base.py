@@ -40,10 +40,16 @@ def blend(source: Mapping[str, Tensor], edited: Mapping[str, Tensor], strength: 
     return {k: torch.lerp(source[k], v, strength) if v.is_floating_point() else v for k, v in edited.items()}
 
 
-def blend_into(work: TextEncoder, source: TextEncoder, strength: float) -> None:
-    """Take back from `work` all but `strength` of its way from `source`, in place."""
-    if strength != 1.0:
-        work.model.load_state_dict(blend(source.model.state_dict(), work.model.state_dict(), strength))
+def blend_into(work: TextEncoder, source: TextEncoder, strength: float) -> dict[str, Tensor]:
+    """Take back from `work` all but `strength` of its way from `source`, in place.
+
+    Returns what differed before, as `Erasure.whole` has it; nothing at full strength, where `work` itself is that.
+    """
+    if strength == 1.0:
+        return {}
+    before, edited = source.state_dict(), work.state_dict()
+    work.model.load_state_dict(blend(source.model.state_dict(), work.model.state_dict(), strength))
+    return {k: v for k, v in edited.items() if not torch.equal(v, before[k])}
 
 
 def silent(step: int, total: int, text: str) -> None:
@@ -56,6 +62,8 @@ class Erasure:
 
     parameters: every setting of the method.  history: one dict of losses per evaluation (empty for closed forms).
     stopped: why the method ended, in words.
+    whole: of a closed form that was asked for less than its full strength, the tensors that it changed at full
+    strength, under the names of `TextEncoder.state_dict`; with them the strength can be changed afterwards.
     """
 
     encoder: TextEncoder
@@ -63,6 +71,7 @@ class Erasure:
     parameters: dict[str, Any]
     stopped: str
     history: tuple[dict[str, float], ...] = field(default=())
+    whole: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Eraser(Protocol):

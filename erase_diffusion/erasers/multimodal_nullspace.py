@@ -137,8 +137,8 @@ class MultimodalNullspace:
             null=config.null,
             progress=progress,
         )
-        blend_into(work, encoder, config.strength)
-        return Erasure(work, self.name, asdict(config), "closed form")
+        whole = blend_into(work, encoder, config.strength)
+        return Erasure(work, self.name, asdict(config), "closed form", whole=whole)
 
     def _project(self, encoder: TextEncoder, sets: PromptSets, seed: int) -> Erasure:
         config = self.config

@@ -107,8 +107,8 @@ class Nullspace:
             null=config.null,
             progress=progress,
         )
-        blend_into(work, encoder, config.strength)
-        return Erasure(work, self.name, asdict(config), "closed form")
+        whole = blend_into(work, encoder, config.strength)
+        return Erasure(work, self.name, asdict(config), "closed form", whole=whole)
 
     def _project(self, work: TextEncoder, sets: PromptSets) -> Erasure:
         config = self.config

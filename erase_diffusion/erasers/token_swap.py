@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from erase_diffusion.concepts import PromptSets
-from erase_diffusion.erasers.base import Erasure, Needs, Progress, check_strength, silent
+from erase_diffusion.erasers.base import Erasure, Needs, Progress, blend_into, check_strength, silent
 from erase_diffusion.errors import ConfigError
 from erase_diffusion.text_encoder import TextEncoder
 
@@ -62,7 +62,8 @@ class TokenSwap:
             for place, token in enumerate(ids):
                 other = others[min(place, len(others) - 1)]
                 if token not in others:
-                    edited[token] = torch.lerp(source[token], source[other], self.config.strength)
+                    edited[token] = source[other]
             swapped.append(f"{word} → {anchor}")
             progress(i + 1, len(sets.words), word)
-        return Erasure(work, self.name, asdict(self.config), "swapped " + ", ".join(swapped))
+        whole = blend_into(work, encoder, self.config.strength)
+        return Erasure(work, self.name, asdict(self.config), "swapped " + ", ".join(swapped), whole=whole)
