@@ -153,6 +153,7 @@ class PromptSets:
     words: the words to forget, each with what it becomes.  plain: the words in every template, with nothing else said.
     forget_classes: one plain phrase a concept (“a cat”), retain_classes: one for each of its kind that stays; the
     classes of CLIP's zero-shot classification.
+    near: whether the retain prompts say the very words that are forgotten, as of a look within a thing.
     """
 
     forget: tuple[tuple[str, str], ...]
@@ -163,6 +164,7 @@ class PromptSets:
     plain: tuple[str, ...] = ()
     forget_classes: tuple[str, ...] = ()
     retain_classes: tuple[str, ...] = ()
+    near: bool = False
 
     def __post_init__(self) -> None:
         if not self.forget or not self.retain:
@@ -521,6 +523,7 @@ class PromptWriter:
             becomes,
             self._plain(),
             *self._classes(),
+            near=self.concept.within is not None,
         )
 
     def _classes(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -544,6 +547,7 @@ class PromptWriter:
         """Each of the concept's words in every training template, with no attribute, place or style of its own."""
         v, kind = self.vocabulary, self.concept.kind
         neutral = v.styles[v.neutral_style]
+        things = [self.concept.within] if self.concept.within else list(self.preserve)
         said: dict[str, None] = {}
         for template in v.templates:
             for word in self.concept.words:
@@ -551,9 +555,9 @@ class PromptWriter:
                 subjects = [article(word)]
                 if kind == "style":
                     style, suffix = self._concept_style(random.Random(template), word)
-                    subjects = [article(n) for n in self.preserve]
+                    subjects = [article(n) for n in things]
                 elif kind == "attribute":
-                    subjects = [subject(n, word) for n in self.preserve if n in v.objects] or [f"something {word}"]
+                    subjects = [subject(n, word) for n in things if n in v.objects] or [f"something {word}"]
                 said |= dict.fromkeys(sentence(template, s=s, style=style, suffix=suffix) for s in subjects)
         return tuple(said)
 

@@ -81,7 +81,8 @@ class Preparation:
     clip: the paired CLIP's model, tokenizer and processor, or None where no method asked for it.
     original: the unedited encoder, `encoder` itself unless the erasure goes on from an earlier one.
     writers: of the prompts, one a concept.  own: the user's images.
-    earlier: writers of what `encoder` has forgotten already, and has to go on forgetting.
+    earlier: writers of what `encoder` has forgotten already, and has to go on forgetting; `held` are those that go on
+    as what they became, which the others cannot, since it goes now.
     """
 
     model: Model
@@ -92,6 +93,7 @@ class Preparation:
     own: OwnImages
     seed: int
     earlier: tuple[PromptWriter, ...] = ()
+    held: tuple[Concept, ...] = ()
 
     @property
     def concepts(self) -> tuple[Concept, ...]:
@@ -101,6 +103,7 @@ class Preparation:
         """The forget pairs of all concepts together, retain prompts that name none of them, and the words that were
         found to ask for each concept without naming it."""
         parts, triggers, many = [], {}, len(self.writers)
+        known: dict[str, Tensor] = {}
         erased = {normalise(w) for concept in self.concepts for w in concept.words}
         for writer in self.writers:
             concept, v = writer.concept, writer.vocabulary
@@ -110,9 +113,9 @@ class Preparation:
                 # trigger.
                 others = {**v.objects, **v.characters, **writer.preserve}
                 rest = [words for words in others.values() if not erased & {normalise(w) for w in words}]
-                found = find_triggers(self.encoder, v, concept.words, rest)
+                found = find_triggers(self.encoder, v, concept.words, rest, known=known)
             triggers[concept.name] = found
-            parts.append(writer.training_sets(min(320, -(-1280 // many)), -(-640 // many), found))
+            parts.append(writer.training_sets(*share(many), found))
 
         def clean(prompts: Sequence[str]) -> tuple[str, ...]:
             # With several concepts, one's retain prompts may name another (a style beside an object).
@@ -120,18 +123,25 @@ class Preparation:
                 p for p in dict.fromkeys(prompts) if many == 1 or not any(asks_for(p, c) for c in self.concepts)
             )
 
-        # What is forgotten already is held where it is now: at its anchor.
-        held = [w.training_sets(-(-320 // len(self.earlier)), 1) for w in self.earlier]
-        held_prompts = [p for part in held for p, _ in part.forget if not any(asks_for(p, c) for c in self.concepts)]
+        # What is forgotten already is held where it is now, at its anchor; unless that goes too.
+        told = [w.training_sets(-(-320 // len(self.earlier)), 1) for w in self.earlier]
+        held = [
+            p
+            for w, part in zip(self.earlier, told, strict=True)
+            for p, _ in (part.forget if w.concept in self.held else ())
+            if not any(asks_for(p, c) for c in self.concepts)
+        ]
+        parts += [part for w, part in zip(self.earlier, told, strict=True) if w.concept not in self.held]
         return PromptSets(
             tuple(pair for part in parts for pair in part.forget),
-            clean([*(p for part in parts for p in part.retain), *held_prompts]),
+            clean([*(p for part in parts for p in part.retain), *held]),
             tuple(pair for part in parts for pair in part.forget_held_out),
             clean([p for part in parts for p in part.retain_held_out]),
             tuple(word for part in parts for word in part.words),
             tuple(prompt for part in parts for prompt in part.plain),
             (classes := tuple(c for part in parts for c in part.forget_classes)),
             tuple(c for c in dict.fromkeys(c for part in parts for c in part.retain_classes) if c not in classes),
+            near=any(part.near for part in parts),
         ), triggers
 
     def pictures(
@@ -146,7 +156,7 @@ class Preparation:
         rng = random.Random(self.seed)
         to_draw: list[str] = []
         if self.own.forget is not None:
-            pairs = tuple((caption, _to_anchor(caption, self.concepts)) for caption, _ in self.own.forget.items)
+            pairs = tuple((caption, to_anchor(caption, self.concepts)) for caption, _ in self.own.forget.items)
             sets = dataclasses.replace(sets, forget=tuple(dict.fromkeys((*pairs, *sets.forget))))
             self._add(pixels, self.own.forget.items)
         else:
@@ -183,6 +193,11 @@ class Preparation:
             pixels[caption] = one if known is None else torch.cat([known, one])
 
 
+def share(concepts: int) -> tuple[int, int]:
+    """How many forget pairs and retain prompts each of so many concepts gets: together not many more than one alone."""
+    return max(8, min(320, 1280 // concepts)), max(8, 640 // concepts)
+
+
 def prepare(
     concepts: Sequence[Concept],
     model: Model,
@@ -215,16 +230,22 @@ def prepare(
     original = model.paired_text_encoder(clip[0]) if clip else model.text_encoder()
     encoder = original if start is None else dataclasses.replace(original, model=start.to(model.device))
     erased = {normalise(w) for c in together if c.within is None for w in c.words}
-    writers = []
+    writers: list[PromptWriter] = []
     for one, keep in zip(together, keeps, strict=True):
+        becomes = [w.concept.anchor for w in writers if normalise(one.anchor or "") in map(normalise, w.concept.words)]
+        if becomes and one in earlier:
+            # What an earlier concept became goes now: both become the same.
+            one = dataclasses.replace(one, anchor=becomes[0])
         anchored = resolve_anchor(one, model.vocabulary, keep, encoder, erased)
         if anchored.anchor and normalise(anchored.anchor) in erased:
             raise ConfigError(f"{one.name!r} cannot become {anchored.anchor!r}, which is to be erased as well")
-        writers.append(PromptWriter(anchored, model.vocabulary, keep, seed, [c for c in together if c is not one]))
+        writers.append(PromptWriter(anchored, model.vocabulary, keep, seed, [c for c in together if c != one]))
     own = own or OwnImages(None, None)
     _check_captions(own, [w.concept for w in writers[: len(concepts)]], encoder)
     count = len(concepts)
-    return Preparation(model, original, encoder, clip, tuple(writers[:count]), own, seed, tuple(writers[count:]))
+    return Preparation(
+        model, original, encoder, clip, tuple(writers[:count]), own, seed, tuple(writers[count:]), tuple(earlier)
+    )
 
 
 @dataclass(frozen=True)
@@ -257,7 +278,7 @@ def read_own_images(
 def _check_captions(own: OwnImages, concepts: Sequence[Concept], encoder: TextEncoder) -> None:
     """Raise DataError for a forget caption that is cut off before the concept and a retain caption that names it."""
     for caption, _ in own.forget.items if own.forget else ():
-        if torch.equal(*encoder.tokenize([caption, _to_anchor(caption, concepts)])):
+        if torch.equal(*encoder.tokenize([caption, to_anchor(caption, concepts)])):
             raise DataError(
                 f"--forget-images: the caption {caption[:60]!r} names the concept only after the encoder's last "
                 "position; shorten it"
@@ -271,7 +292,7 @@ def _check_captions(own: OwnImages, concepts: Sequence[Concept], encoder: TextEn
             )
 
 
-def _to_anchor(caption: str, concepts: Sequence[Concept]) -> str:
+def to_anchor(caption: str, concepts: Sequence[Concept]) -> str:
     """The caption with every erased word replaced by its anchor; a caption without any becomes the anchor itself."""
     text = normalise(caption)
     for concept in concepts:

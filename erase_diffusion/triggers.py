@@ -38,6 +38,7 @@ def find_triggers(
     *,
     limit: int = 24,
     share: float = 0.5,
+    known: dict[str, Tensor] | None = None,
 ) -> list[str]:
     """Words read as the concept with probability of at least `share`, the surest first, at most `limit`.
 
@@ -45,6 +46,7 @@ def find_triggers(
     in a few templates) and one prototype for each kept concept, both centred: what every text shares would
     make each word look like each concept. Words that the prompts themselves are made of (the vocabulary's
     attributes, places, styles and templates, and the concepts' own words) are no triggers.
+    known: word → embedding (d,); what is missing is added, so that several concepts embed the vocabulary once.
     Without a text projection (no paired CLIP) pooled states stand in for the joint space.
     """
     said = prompt_words(vocabulary) | {p for words in (concept_words, *kept_words) for w in words for p in _parts(w)}
@@ -52,7 +54,11 @@ def find_triggers(
     if not candidates:
         return []
     prototypes = torch.stack([_embed(encoder, list(words)).mean(0) for words in (concept_words, *kept_words)])
-    vectors = _embed(encoder, candidates)
+    known = {} if known is None else known
+    missing = [w for w in candidates if w not in known]
+    if missing:
+        known.update(zip(missing, _embed(encoder, missing), strict=True))
+    vectors = torch.stack([known[w] for w in candidates])
     logits = F.normalize(vectors - vectors.mean(0), dim=-1) @ F.normalize(prototypes - prototypes.mean(0), dim=-1).T
     probability = (logits * max(encoder.logit_scale, 20.0)).softmax(-1)[:, 0]
     order = probability.argsort(descending=True).tolist()

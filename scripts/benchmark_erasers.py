@@ -51,7 +51,15 @@ def save(figures: Mapping[str, Any], path: Path) -> None:
 @click.option("--model", default="mini", show_default=True)
 @click.option("--method", "rows", multiple=True, type=click.Choice(list(ROWS)), help="Rows; all if none is named.")
 @click.option("--concept", "concepts", multiple=True, default=CONCEPTS, show_default=True, help="NAME[:KIND[:WITHIN]].")
-@click.option("--count", "counts", multiple=True, type=int, default=COUNTS, show_default=True, help="Concepts at once.")
+@click.option(
+    "--count",
+    "counts",
+    multiple=True,
+    type=int,
+    default=COUNTS,
+    show_default=True,
+    help="Concepts at once; 0 for none.",
+)
 @click.option("--images", default=60, show_default=True, help="Pictures for each group and each encoder.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--threads", default=2, show_default=True)
@@ -82,7 +90,7 @@ def main(
         raise click.UsageError(f"{output} holds figures of {figures['asked']}, not of {asked}; choose another --output")
     chosen = rows or tuple(ROWS)
     tasks = [("one", text, [concept(text)]) for text in concepts]
-    tasks += [("together", str(n), [Concept(c) for c in TOGETHER[:n]]) for n in counts]
+    tasks += [("together", str(n), [Concept(c) for c in TOGETHER[:n]]) for n in counts if n > 0]
     bench = None
     for section, name, erased in tasks:
         done: dict[str, Any] = figures[section].setdefault(name, {})

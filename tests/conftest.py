@@ -51,9 +51,10 @@ class Run:
     err: str
 
 
-def run_cli(*args: str, cwd: Path, timeout: float = 400) -> Run:
-    """Run `erase-concept` as a user does, in a process of its own."""
-    command = [sys.executable, "-c", "from erase_diffusion.cli import erase_concept; erase_concept()", *args]
+def run_cli(*args: str, cwd: Path, timeout: float = 400, group: bool = False) -> Run:
+    """Run `erase-concept`, or `erase-diffusion` with its commands, as a user does, in a process of its own."""
+    name = "erase_diffusion" if group else "erase_concept"
+    command = [sys.executable, "-c", f"from erase_diffusion.cli import {name}; {name}()", *args]
     env = os.environ | {"COLUMNS": "120", "NO_COLOR": "1"}
     done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
     return Run(done.returncode, done.stdout, done.stderr)

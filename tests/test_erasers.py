@@ -4,6 +4,7 @@ what the pictures show is asked in test_main_job.py."""
 from __future__ import annotations
 
 import dataclasses
+import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,14 @@ import torch.nn.functional as F
 from erase_diffusion.concepts import Concept, PromptWriter, preserved, resolve_concept
 from erase_diffusion.erase import method_config
 from erase_diffusion.erasers import ERASERS, CLIPErase, CLIPEraseConfig, Eraser
+from erase_diffusion.erasers.base import silent
+from erase_diffusion.erasers.lipschitz import LipschitzConfig, lipschitz_loss, synthesise
+from erase_diffusion.erasers.multimodal_nullspace import (
+    MultimodalNullspace,
+    MultimodalNullspaceConfig,
+    removed_span,
+    visual_prototypes,
+)
 from erase_diffusion.erasers.single_layer import pareto
 from erase_diffusion.errors import ConfigError
 from erase_diffusion.models import Model
@@ -47,12 +56,15 @@ def distance(states: torch.Tensor, other: torch.Tensor) -> float:
 def short(name: str, mini: Model, steps: int, **settings: float) -> Eraser:
     """A method by name, at `mini`'s learning rate and with few steps where it trains."""
     if "steps" in {f.name for f in dataclasses.fields(ERASERS[name][1])}:
-        settings = {"steps": steps, "learning_rate": mini.spec.learning_rate, **settings}
+        settings = {"steps": steps, "learning_rate": mini.spec.learning_rate * ERASERS[name][1].rate, **settings}
+    if name == "lipschitz":
+        # Few samples, and the first step is taken.
+        settings = {"samples": 8, "iterations": 80, "epochs": 3, "learning_rate": 0.05, "forgotten": 1.0, **settings}
     eraser: Eraser = ERASERS[name][0](method_config(name, **settings))
     return eraser
 
 
-@pytest.mark.parametrize("name", ["cliperase", "nullspace", "token-swap"])
+@pytest.mark.parametrize("name", ["cliperase", "nullspace", "multimodal-nullspace", "subgroup", "token-swap"])
 def test_the_concept_reads_as_its_anchor_and_the_rest_as_before(
     name: str, mini: Model, encoder: TextEncoder, writer: PromptWriter
 ) -> None:
@@ -174,3 +186,96 @@ def test_a_loss_that_is_not_finite_stops_the_run(mini: Model, encoder: TextEncod
     images = {p: torch.full((1, 128), float("nan")) for p in (*(p for p, _ in sets.forget), *sets.retain)}
     with pytest.raises(ConfigError, match="the loss is nan at step 1"):
         short("cliperase", mini, 5).erase(encoder, sets, images, seed=0)
+
+
+def test_both_towers_are_trained_when_asked(mini: Model, encoder: TextEncoder, writer: PromptWriter) -> None:
+    sets = writer.training_sets(20, 20)
+    eraser = short("cliperase", mini, 4, towers="both")
+    assert eraser.needs == "pixels"
+    noise = torch.Generator().manual_seed(0)
+    prompts = (*(p for p, _ in sets.forget), *sets.retain)
+    pixels = {p: torch.randn((1, 3, 64, 64), generator=noise) for p in prompts}
+    assert encoder.image_tower is not None
+    before = {k: v.clone() for k, v in encoder.image_tower.model.state_dict().items()}
+    erased = eraser.erase(encoder, sets, pixels, seed=0, progress=silent).encoder
+    assert erased.image_tower is not None
+    after = erased.image_tower.model.state_dict()
+    assert any(not torch.equal(after[k], before[k]) for k in before)
+    # Control: the original's tower is as it was, and the text tower alone is trained without being asked.
+    assert all(torch.equal(v, before[k]) for k, v in encoder.image_tower.model.state_dict().items())
+    images = images_of(encoder, prompts)
+    alone = short("cliperase", mini, 2).erase(encoder, sets, images, seed=0, progress=silent).encoder
+    assert alone.image_tower is encoder.image_tower
+
+
+def test_samples_of_a_class_are_made_from_noise(mini: Model, encoder: TextEncoder, writer: PromptWriter) -> None:
+    sets = writer.training_sets(20, 20)
+    classes = [*sets.forget_classes, *sets.retain_classes]
+    ids = encoder.tokenize(classes)
+    with torch.no_grad():
+        prototypes = F.normalize(encoder.project(encoder.pooled(encoder.hidden(ids), ids)), dim=-1)
+    config = LipschitzConfig(samples=8, iterations=200)
+    generator = torch.Generator().manual_seed(0)
+    made = synthesise(encoder, prototypes, 0, config, generator, random.Random(0), "a cat")
+    assert encoder.image_tower is not None
+    told = (F.normalize(encoder.image_tower.features(made), dim=-1) @ prototypes.T).argmax(1)
+    assert len(made) >= 4
+    assert (told == 0).all()
+    noise = torch.randn(made.shape, generator=generator)
+    told = (F.normalize(encoder.image_tower.features(noise), dim=-1) @ prototypes.T).argmax(1)
+    assert not (told == 0).all()  # control: noise alone is not told as the class
+    with pytest.raises(ConfigError, match="no sample of 'a cat' could be made in 1 iterations"):
+        synthesise(
+            encoder, prototypes, 0, dataclasses.replace(config, iterations=1), generator, random.Random(0), "a cat"
+        )
+
+
+def test_the_lipschitz_loss_is_the_papers() -> None:
+    text, sample = torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0, 0.0]])
+    noisy, noise = torch.tensor([[[0.0, 4.0]], [[3.0, 4.0]]]), torch.tensor([[2.0], [1.0]])
+    # (5 + 4) / 4 and (4 + 5) / 2, the mean of both.
+    assert float(lipschitz_loss(text, sample, noisy, noise)) == pytest.approx((9 / 4 + 9 / 2) / 2)
+
+
+def test_the_span_that_is_removed_leaves_the_retained_span_alone() -> None:
+    noise = torch.Generator().manual_seed(0)
+    retain = F.normalize(torch.randn((30, 4), generator=noise) @ torch.randn((4, 16), generator=noise), dim=-1)
+    forget = F.normalize(torch.randn((6, 16), generator=noise), dim=-1)
+    v = removed_span(forget, retain, held=0.9999, rank=3)
+    assert v.shape == (16, 3)
+    assert torch.allclose(v.T @ v, torch.eye(3, dtype=v.dtype), atol=1e-6)
+    assert float((retain.double() @ v).norm()) < 1e-3 * float(retain.norm())
+    assert float((forget.double() @ v).norm()) > 0.5 * float(forget.norm())  # control: something is removed
+    with pytest.raises(ConfigError, match="leaves no room"):
+        removed_span(forget, torch.eye(16), held=0.9999, rank=1)
+
+
+def test_prototypes_lie_where_zero_shot_sees_the_class() -> None:
+    classes = F.normalize(torch.randn((5, 16), generator=torch.Generator().manual_seed(0)), dim=-1)
+    points = visual_prototypes(classes, 2, 6, 20.0, seed=1)
+    assert ((points @ classes.T).argmax(1) == 2).all()
+    assert float((points @ points.T).min()) < 0.99  # and are not all the same
+
+
+def test_a_projection_of_both_towers_forgets_the_class(mini: Model, encoder: TextEncoder, writer: PromptWriter) -> None:
+    sets = writer.training_sets(80, 160)
+    eraser = MultimodalNullspace(MultimodalNullspaceConfig(site="projection"))
+    erased = eraser.erase(encoder, sets, {}, seed=0).encoder
+    assert weights_hash(erased.state_dict()) == weights_hash(encoder.state_dict())  # no picture can change
+    assert erased.projection is not None and erased.image_tower is not None and encoder.image_tower is not None
+    assert not torch.equal(erased.image_tower.projection.weight, encoder.image_tower.projection.weight)
+    named, other = ["a cat"], ["a car"]
+    with torch.no_grad():
+        lengths = []
+        for tower in (encoder, erased):
+            ids = tower.tokenize([*named, *other])
+            lengths.append(tower.project(tower.pooled(tower.hidden(ids), ids)).norm(dim=1))
+    shares = lengths[1] / lengths[0]
+    assert float(shares[0]) < 0.7 * float(shares[1])
+
+
+def test_more_concepts_than_dimensions_are_refused(mini: Model, encoder: TextEncoder, writer: PromptWriter) -> None:
+    sets = dataclasses.replace(writer.training_sets(20, 20), forget_classes=tuple(f"a thing {i}" for i in range(128)))
+    for name in ("nullspace", "multimodal-nullspace"):
+        with pytest.raises(ConfigError, match=r"fewer concepts at once than the text encoder is wide \(128\), got 128"):
+            short(name, mini, 1).erase(encoder, sets, {}, seed=0, progress=silent)

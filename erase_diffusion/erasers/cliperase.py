@@ -35,7 +35,8 @@ class CLIPEraseConfig(Schedule):
 
     retention, forgetting, consistency: the paper's λ1, λ2, λ3.
     sequence_forgetting, sequence_retention: weights of the two terms over all positions; the paper
-    has neither (0 and 0, with `forgetting_form` "raw").
+    has neither (0 and 0, with `forgetting_form` "raw"). By default 10 and 300; 30 and 100 where the retain prompts say
+    the very words that are forgotten, and otherwise hold them (red, on cats alone).
     forgetting_form: "cosine", or the paper's "raw" dot product.
     towers: "text" trains the text tower against a frozen image tower, all that a pipeline needs; "both" trains the
     two, as the paper does, and the whole CLIP is what is erased.
@@ -44,8 +45,8 @@ class CLIPEraseConfig(Schedule):
     retention: float = 1.0
     forgetting: float = 3.0
     consistency: float = 3.0
-    sequence_forgetting: float = 10.0
-    sequence_retention: float = 300.0
+    sequence_forgetting: float | None = None
+    sequence_retention: float | None = None
     forgetting_form: Literal["raw", "cosine"] = "cosine"
     towers: Literal["text", "both"] = "text"
 
@@ -80,7 +81,13 @@ class CLIPErase:
         progress: Progress = silent,
     ) -> Erasure:
         """Erase from a copy of `encoder`. Raises ConfigError when the loss stops being finite."""
-        config = self.config
+        given = self.config
+        forgetting, holding = (30.0, 100.0) if sets.near else (10.0, 300.0)
+        config = replace(
+            given,
+            sequence_forgetting=forgetting if given.sequence_forgetting is None else given.sequence_forgetting,
+            sequence_retention=holding if given.sequence_retention is None else given.sequence_retention,
+        )
         # The paper's form sees only what has a picture.
         paper = not (config.sequence_forgetting or config.sequence_retention)
         batches = make_batches(encoder, sets, images, pictures_only=paper)

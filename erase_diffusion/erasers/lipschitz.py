@@ -24,7 +24,7 @@ from erase_diffusion.errors import ConfigError
 from erase_diffusion.text_encoder import TextEncoder
 
 # The paper's figures are for pictures of 224 pixels; a step's length and the jitter go with the size.
-SIZE, STEP, JITTER, PIXELS = 224, 25.0, 16, 2.5
+SIZE, STEP, JITTER, PIXELS, FLOOR = 224, 25.0, 16, 2.5, 0.45
 
 
 @dataclass(frozen=True)
@@ -232,8 +232,10 @@ def synthesise(
             x = x[~passed]
             if not len(x):
                 break
+        elif threshold == FLOOR and 2 * len(x) <= config.samples:
+            break  # the rest wander; there is enough
         else:
-            threshold = max(0.45, threshold - 0.025)
+            threshold = max(FLOOR, threshold - 0.025)
     if not taken:
         raise ConfigError(
             f"no sample of {label!r} could be made in {config.iterations} iterations; the CLIP does not know it"

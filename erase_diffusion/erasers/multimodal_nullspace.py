@@ -32,15 +32,15 @@ class MultimodalNullspaceConfig:
 
     site: "hidden" edits the blocks, "projection" both of CLIP's projections.
     prototypes: visual prototypes of each class.  held: share of the retained embeddings' energy whose span is left
-    alone; at the projections.  rank: of V at most, a class.
+    alone; 0 leaves none alone.  rank: dimensions removed a class, at most. All three at the projections.
     retain, ridge, null: of the value editing in the blocks, as in `nullspace`.
     """
 
     strength: float = 1.0
     site: Literal["hidden", "projection"] = "hidden"
     prototypes: int = 16
-    held: float = 0.99
-    rank: int = 8
+    held: float = 0.0
+    rank: int = 1
     retain: float = 10.0
     ridge: float = 1e-3
     null: float = 0.1
@@ -49,14 +49,15 @@ class MultimodalNullspaceConfig:
         check_strength(self.strength)
         if self.site not in ("hidden", "projection"):
             raise ConfigError(f"site must be hidden or projection, got {self.site!r}")
-        if not 0 < self.held < 1 or not 0 < self.null <= 1 or self.retain < 0 or self.ridge <= 0:
+        if not 0 < self.null <= 1 or self.retain < 0 or self.ridge <= 0:
             raise ConfigError(
-                "held must lie in (0, 1), null in (0, 1], retain be at least 0 and ridge over 0, got "
-                f"{self.held}, {self.null}, {self.retain} and {self.ridge}"
+                "null must lie in (0, 1], retain be at least 0 and ridge over 0, got "
+                f"{self.null}, {self.retain} and {self.ridge}"
             )
-        if self.prototypes < 0 or self.rank < 1:
+        if self.prototypes < 0 or self.rank < 1 or not 0 <= self.held < 1:
             raise ConfigError(
-                f"prototypes must be at least 0 and rank at least 1, got {self.prototypes} and {self.rank}"
+                "prototypes must be at least 0, rank at least 1 and held lie in [0, 1), got "
+                f"{self.prototypes}, {self.rank} and {self.held}"
             )
 
 
@@ -86,7 +87,7 @@ def removed_span(forget: Tensor, retain: Tensor, *, held: float, rank: int) -> T
     """
     _, values, vectors = torch.linalg.svd(retain.double(), full_matrices=False)
     energy = values.square().cumsum(0) / values.square().sum()
-    basis = vectors[: int((energy < held).sum()) + 1]
+    basis = vectors[: int((energy < held).sum()) + 1 if held else 0]
     outside = forget.double() - forget.double() @ basis.T @ basis
     _, values, vectors = torch.linalg.svd(outside, full_matrices=False)
     room = forget.shape[1] - len(basis)
@@ -157,7 +158,7 @@ class MultimodalNullspace:
             visual_prototypes(classes, i, config.prototypes, scale, seed + i)
             for i in range(len(classes) if config.prototypes else 0)
         ]
-        forget = torch.cat([embed(sets.plain or tuple(p for p, _ in sets.forget)), classes[:count], *seen[:count]])
+        forget = torch.cat([embed((*sets.plain, *(p for p, _ in sets.forget))), classes[:count], *seen[:count]])
         retain = torch.cat([embed(tuple(p for p in sets.retain if p)), classes[count:], *seen[count:]])
         v = removed_span(forget, retain, held=config.held, rank=config.rank * count)
         p = torch.eye(len(v), dtype=v.dtype, device=v.device) - config.strength * v @ v.T

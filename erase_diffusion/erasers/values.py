@@ -15,6 +15,10 @@ from torch import Tensor, nn
 from erase_diffusion.erasers.base import Progress, align_all, anchored_states
 from erase_diffusion.text_encoder import TextEncoder
 
+# Padding positions that are looked at behind a prompt, prompts in a chunk, and the width of keys from which float32
+# does: an eigendecomposition costs their cube.
+PADS, CHUNK, LARGE = 8, 64, 1024
+
 
 @torch.no_grad()
 def edit_values(
@@ -38,63 +42,85 @@ def edit_values(
     where = align_all(forget_ids, anchor_ids, encoder.end_of_text(forget_ids))
     # Before the first different word causal attention leaves both prompts alike: nothing to move there.
     moved = torch.cumsum((forget_ids != anchor_ids).int(), 1) > 0
-    forget, anchor = _Walk(work, forget_ids), _Walk(encoder, anchor_ids)
-    kept_walk = _Walk(work, encoder.tokenize(keep))
+    kept_ids = encoder.tokenize(keep)
+    both = _chunks(torch.maximum(encoder.end_of_text(forget_ids), encoder.end_of_text(anchor_ids)), forget_ids.shape[1])
+    forget, anchor = _Walk(work, forget_ids, both), _Walk(encoder, anchor_ids, both)
+    kept_walk = _Walk(work, kept_ids, _chunks(encoder.end_of_text(kept_ids), kept_ids.shape[1]))
     for i, (layer, original) in enumerate(zip(work.layers, encoder.layers, strict=True)):
         anchor.step(original)
         keys, kept = forget.step(layer), kept_walk.step(layer)
         gram = _gram(kept)
-        change = anchored_states(anchor.states, where) - forget.states
-        # Relative, so that a prompt whose one word differs counts as much as one that differs everywhere.
-        apart = (change.square().sum(-1) * moved).sum(1) / moved.sum(1).clamp_min(1)
-        weight = (apart.clamp_min(1e-6).rsqrt()[:, None].expand_as(moved))[moved][:, None]
+        at, by, weights = [], [], []
+        for (index, length), key, now, wished in zip(both, keys, forget.states, anchor.states, strict=True):
+            there = moved[index, :length]
+            change = anchored_states(wished, where[index, :length].clamp_max(length - 1)) - now
+            # Relative, so that a prompt whose one word differs counts as much as one that differs everywhere.
+            apart = (change.square().sum(-1) * there).sum(1) / there.sum(1).clamp_min(1)
+            at.append(key[there])
+            by.append(change[there])
+            weights.append(apart.clamp_min(1e-6).rsqrt()[:, None].expand_as(there)[there][:, None])
+        weight = torch.cat(weights)
         weight = weight / weight.square().mean().sqrt()
         update = solve_values(
-            keys[moved] * weight,
-            change[moved] * weight,
-            gram,
-            retain=retain,
-            ridge=ridge,
-            free=null_space(gram, null) if null < 1 else None,
-        ).to(keys.dtype)
+            torch.cat(at) * weight, torch.cat(by) * weight, gram, retain=retain, ridge=ridge, null=null
+        ).to(weight.dtype)
         _fc2(layer).weight += update
         for walk, inputs in ((forget, keys), (kept_walk, kept)):
-            walk.states += inputs @ update.T
+            for states, given in zip(walk.states, inputs, strict=True):
+                states += given @ update.T
         progress(i + 1, len(work.layers), f"block {i + 1}")
 
 
 def solve_values(
-    keys: Tensor, change: Tensor, retain_gram: Tensor, *, retain: float, ridge: float, free: Tensor | None = None
+    keys: Tensor, change: Tensor, retain_gram: Tensor, *, retain: float, ridge: float, null: float = 1.0
 ) -> Tensor:
     """The update ΔW that changes values at `keys` by `change` and as little as can be at the retain keys.
 
-    argmin ‖K ΔWᵀ − D‖²/n + λ ΔW R ΔWᵀ + μ‖ΔW‖², so ΔWᵀ = (KᵀK/n + λR + μI)⁻¹ KᵀD/n; with a projector P on free
-    directions, for K P in place of K, and then ΔW P.
-    keys K: (n, m), change D: (n, d), retain_gram R: (m, m) the mean outer product of retain keys, free P: (m, m).
+    argmin ‖K ΔWᵀ − D‖²/n + λ ΔW R ΔWᵀ + μ‖ΔW‖², so ΔWᵀ = (KᵀK/n + λR + μI)⁻¹ KᵀD/n. With null < 1 the update is
+    confined to the span of U, the directions that are all but empty in R, see `null_space`: in their coordinates the
+    same, ΔWᵀ = U (UᵀKᵀKU/n + λUᵀRU + μI)⁻¹ UᵀKᵀD/n.
+    keys K: (n, m), change D: (n, d), retain_gram R: (m, m) the mean outer product of retain keys.
     Returns ΔW (d, m), in retain_gram's dtype.
     """
     n, m = keys.shape
     gram, cross = ((keys.T @ x / n).to(retain_gram.dtype) for x in (keys, change))
-    if free is not None:
-        gram, cross = free @ gram @ free, free @ cross
-    eye = torch.eye(m, dtype=gram.dtype, device=gram.device)
-    system = gram + retain * retain_gram + ridge * gram.diagonal().mean().clamp_min(1e-12) * eye
-    update: Tensor = torch.linalg.solve(system, cross)
-    return update.T if free is None else update.T @ free
+    free = None
+    if null < 1:
+        free = null_space(retain_gram, null)
+        gram, cross, retain_gram = free.T @ gram @ free, free.T @ cross, free.T @ retain_gram @ free
+    small = ridge * (gram.diagonal().sum() / m).clamp_min(1e-12)
+    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    update: Tensor = torch.linalg.solve(gram + retain * retain_gram + small * eye, cross)
+    return update.T if free is None else (free @ update).T
 
 
 def null_space(gram: Tensor, share: float) -> Tensor:
-    """Projector (m, m) on the small eigenspace of a Gram matrix: the directions that hold `share` of its trace."""
+    """Orthonormal basis U (m, r) of a Gram matrix's small eigenspace: the directions that hold `share` of its trace."""
     values, vectors = torch.linalg.eigh(gram)
     small = values.clamp_min(0).cumsum(0) <= share * values.clamp_min(0).sum()
     basis: Tensor = vectors[:, small]
-    return basis @ basis.T
+    return basis
 
 
-def _gram(keys: Tensor) -> Tensor:
-    """Mean outer product (m, m) of keys (n, T, m), in float64."""
-    flat = keys.flatten(0, 1)
-    return (flat.T @ flat).double() / len(flat)
+def _gram(keys: Sequence[Tensor]) -> Tensor:
+    """Mean outer product (m, m) of keys, each (n, T, m); in float64 where that is quick, since it is squared."""
+    m = keys[0].shape[-1]
+    total = torch.zeros((m, m), device=keys[0].device)
+    for part in keys:
+        flat = part.flatten(0, 1)
+        total += flat.T @ flat
+    return total.to(torch.float64 if m <= LARGE else torch.float32) / sum(
+        part.shape[0] * part.shape[1] for part in keys
+    )
+
+
+def _chunks(ends: Tensor, longest: int) -> list[tuple[Tensor, int]]:
+    """Prompts of about the same length together: (indices (n,), positions) of each chunk.
+
+    ends: (n,) the end-of-text positions. Causal attention lets a prompt be cut after the padding that is looked at.
+    """
+    order = ends.argsort(stable=True)
+    return [(part, min(longest, int(ends[part].max()) + 1 + PADS)) for part in torch.split(order, CHUNK)]
 
 
 def _fc2(layer: nn.Module) -> nn.Linear:
@@ -106,14 +132,21 @@ def _fc2(layer: nn.Module) -> nn.Linear:
 class _Walk:
     """Prompts on their way through the blocks: each block is run once, whatever was edited before it.
 
-    states: (n, T, d), the input of the next block.
+    states: of each chunk (n, T, d), the input of the next block.
     """
 
-    def __init__(self, encoder: TextEncoder, ids: Tensor):
-        self._call: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+    def __init__(self, encoder: TextEncoder, ids: Tensor, chunks: Sequence[tuple[Tensor, int]]):
+        arrived = [self._arrive(encoder, ids[index, :length]) for index, length in chunks]
+        self.states = [states for states, _, _ in arrived]
+        self._calls = [(args, kwargs) for _, args, kwargs in arrived]
+
+    @staticmethod
+    def _arrive(encoder: TextEncoder, ids: Tensor) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+        """What the first block is called with: its states, and all the rest."""
+        call: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
         def arrive(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._call = (args, kwargs)
+            call.append((args, dict(kwargs)))
             raise _Arrived
 
         hook = encoder.layers[0].register_forward_pre_hook(arrive, with_kwargs=True)
@@ -123,20 +156,20 @@ class _Walk:
             pass
         finally:
             hook.remove()
-        args, kwargs = self._call
-        self.states: Tensor = args[0] if args else kwargs.pop("hidden_states")
-        self._call = (args[1:], kwargs)
+        args, kwargs = call[0]
+        return (args[0], args[1:], kwargs) if args else (kwargs.pop("hidden_states"), (), kwargs)
 
-    def step(self, layer: nn.Module) -> Tensor:
-        """Run one block; returns the inputs of its last matrix (n, T, m)."""
+    def step(self, layer: nn.Module) -> list[Tensor]:
+        """Run one block; returns the inputs of its last matrix, of each chunk (n, T, m)."""
         keys: list[Tensor] = []
         hook = _fc2(layer).register_forward_hook(lambda _m, args, _out: keys.append(args[0]))
         try:
-            out = layer(self.states, *self._call[0], **self._call[1])
+            for i, (args, kwargs) in enumerate(self._calls):
+                out = layer(self.states[i], *args, **kwargs)
+                self.states[i] = out[0] if isinstance(out, tuple) else out
         finally:
             hook.remove()
-        self.states = out[0] if isinstance(out, tuple) else out
-        return keys[0]
+        return keys
 
 
 class _Arrived(Exception):

@@ -13,15 +13,43 @@ from PIL import Image
 from torch import Tensor
 
 from erase_diffusion.checker import THING_ENSEMBLE
-from erase_diffusion.concepts import PromptWriter, article
+from erase_diffusion.concepts import PromptSets, PromptWriter, article, says
 from erase_diffusion.image_tower import ImageTower
 from erase_diffusion.metrics import rate, recall_at
+from erase_diffusion.mini.captions import caption
 from erase_diffusion.mini.draw import draw_scene
 from erase_diffusion.mini.world import CHARACTER, OBJECTS, STYLES, Scene, sample_scene
+from erase_diffusion.preparation import to_anchor
 from erase_diffusion.text_encoder import TextEncoder
 
 SEED = 8_000_000  # apart from training, evaluation of the model, calibration and verification
 KS = (1, 5, 10)
+
+
+def training_pairs(
+    writer: PromptWriter, processor: Any, *, forget: int = 80, retain: int = 640
+) -> tuple[PromptSets, dict[str, Tensor]]:
+    """Captioned drawings to train on as the papers do, and prompt → pixel values: scenes, combinations and captions of
+    the training side, none of which the tasks ask about. A fifth of each side is for stopping."""
+    rng = random.Random(f"pairs {writer.seed}")
+    style = writer.concept.kind == "style"
+    fixed = {"style": writer.name} if style else {"name": writer.name}
+    sides: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
+
+    def add(side: dict[str, Tensor], scene: Scene, wanted: bool) -> None:
+        said = caption(scene, rng)
+        if said not in side and any(says(said, w) for w in writer.concept.words) == wanted:
+            side[said] = processor(images=draw_scene(scene, rng), return_tensors="pt").pixel_values
+
+    while len(sides[0]) < forget:
+        add(sides[0], sample_scene(rng, "train", things=1, **fixed), True)
+    while len(sides[1]) < retain:
+        scene = sample_scene(rng, "train")
+        if scene.style != writer.name and writer.name not in {t.name for t in scene.things}:
+            add(sides[1], scene, False)
+    pairs, kept = [(c, to_anchor(c, [writer.concept])) for c in sides[0]], list(sides[1])
+    a, b = forget * 4 // 5, retain * 4 // 5
+    return PromptSets(tuple(pairs[:a]), ("", *kept[:b]), tuple(pairs[a:]), tuple(kept[b:])), sides[0] | sides[1]
 
 
 @dataclass

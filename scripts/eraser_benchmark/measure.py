@@ -21,7 +21,7 @@ from erase_diffusion.models import Model
 from erase_diffusion.preparation import Preparation, nearest, prepare
 from erase_diffusion.text_encoder import TextEncoder
 from erase_diffusion.verification import Look, Verifier, found_table, keep_table, make_checker
-from eraser_benchmark.clip_tasks import ClipTasks
+from eraser_benchmark.clip_tasks import ClipTasks, training_pairs
 from eraser_benchmark.rows import Row
 
 NEIGHBOURS = 2
@@ -130,13 +130,16 @@ class Started:
             config = replace(config, learning_rate=model.spec.learning_rate * config.rate)
         eraser = ERASERS[row.method][0](config)
         pictured = eraser.needs in ("features", "pixels")
+        sets, pixels = (self.pictured, self.pixels) if pictured else (self.sets, {})
+        if row.drawings:
+            sets, pixels = training_pairs(self.job.writers[0], self.job.clip[2])
         memory, started = Memory(), time.perf_counter()
         with memory.watch():
             erasure = run_eraser(
                 eraser,
                 self.job.encoder,
-                self.pictured if pictured else self.sets,
-                self.pixels if pictured else {},
+                sets,
+                pixels,
                 seed=self.bench.seed,
             )
         return erasure, time.perf_counter() - started, memory.peak

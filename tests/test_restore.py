@@ -1,0 +1,115 @@
+"""An erasure taken back, made weaker, and gone on from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import run_cli
+from safetensors.torch import load_file
+
+from erase_diffusion import erase_concept
+from erase_diffusion.artifact import load_erased_text_encoder
+from erase_diffusion.errors import ConfigError, ModelError
+from erase_diffusion.models import Model
+from erase_diffusion.restore import restore
+from erase_diffusion.text_encoder import TextEncoder, weights_hash
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "text_encoder" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def drop_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cat erased by a closed form, the whole way and half of it."""
+    work = tmp_path_factory.mktemp("restore")
+    erase_concept("cat", method="nullspace", verify=False).save_pretrained(work / "whole")
+    erase_concept("cat", method="nullspace", strength=0.5, verify=False).save_pretrained(work / "half")
+    return work
+
+
+@pytest.mark.parametrize("name", ["whole", "half"])
+def test_the_original_comes_back_bit_for_bit(drop_ins: Path, tmp_path: Path, mini: Model, name: str) -> None:
+    run = run_cli("restore", str(drop_ins / name), "--output", "original", "--json", cwd=tmp_path, group=True)
+    assert run.code == 0, run.err
+    source = mini.text_encoder().state_dict()
+    assert weights_hash(weights(drop_ins / name)) != weights_hash(source)  # control
+    assert weights_hash(weights(tmp_path / "original")) == weights_hash(source) == json.loads(run.out)["sha256"]
+    assert not (tmp_path / "original" / "erasure.json").exists()
+
+
+def test_the_strength_is_changed_without_doing_the_work_again(drop_ins: Path, tmp_path: Path) -> None:
+    restore(drop_ins / "half", strength=1.0).save_pretrained(tmp_path / "whole")
+    assert weights_hash(weights(tmp_path / "whole")) == weights_hash(weights(drop_ins / "whole"))
+    restore(drop_ins / "whole", strength=0.5).save_pretrained(tmp_path / "half")
+    made, asked = weights(tmp_path / "half"), weights(drop_ins / "half")
+    # mini is stored in float16: half of a rounded edit is half of the edit but for the last bit.
+    assert max(float((made[k].float() - asked[k].float()).abs().max()) for k in made) < 1e-3
+    record = json.loads((tmp_path / "half" / "erasure.json").read_text())
+    assert record["parameters"]["strength"] == 0.5
+    assert record["verification"] == []
+    load_erased_text_encoder(tmp_path / "half", base="mini")
+    # And from there on to another one.
+    restore(tmp_path / "half", strength=1.0).save_pretrained(tmp_path / "again")
+    assert weights_hash(weights(tmp_path / "again")) == weights_hash(weights(drop_ins / "whole"))
+
+
+def test_what_cannot_be_restored_is_refused(drop_ins: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"strength must lie in \[0, 1\], got 1\.5"):
+        restore(drop_ins / "half", strength=1.5)
+    with pytest.raises(ModelError, match=r"erasure\.json is missing"):
+        restore(tmp_path)
+    erase_concept("cat", method="retain-finetune", steps=1, verify=False).save_pretrained(tmp_path / "trained")
+    with pytest.raises(ConfigError, match="made by retain-finetune, which trains"):
+        restore(tmp_path / "trained", strength=0.5)
+    restore(tmp_path / "trained")  # control: the original is there for all
+
+
+def test_going_on_from_an_erasure_keeps_it_and_tells_of_it(
+    drop_ins: Path, tmp_path: Path, encoder: TextEncoder
+) -> None:
+    result = erase_concept("car", method="nullspace", start=drop_ins / "whole", verify=False)
+    result.save_pretrained(tmp_path / "both")
+    record = json.loads((tmp_path / "both" / "erasure.json").read_text())
+    assert [c["name"] for c in record["concepts"]] == ["car"]
+    assert [c["name"] for r in record["earlier"] for c in r["concepts"]] == ["cat"]
+    assert record["source"]["sha256"] == weights_hash(encoder.state_dict())
+    prompts = ["see a cat here in the snow", "see a car here in the snow", "see a flower here in the snow"]
+    source, both = encoder.encode(prompts), result.erasure.encoder.encode(prompts)
+    moved = (both - source).square().sum((1, 2))
+    assert min(moved[0], moved[1]) > 10 * moved[2]  # both concepts have left, the rest has not
+    anchors = [record["earlier"][0]["concepts"][0]["anchor"], record["concepts"][0]["anchor"]]
+    wished = encoder.encode([f"see a {a} here in the snow" for a in anchors])
+    left = (both[:2] - wished).square().sum((1, 2)) / (source[:2] - wished).square().sum((1, 2))
+    assert float(left.max()) < 0.3
+    with pytest.raises(ConfigError, match="'kitten' is erased already"):
+        erase_concept("kitten", method="nullspace", start=drop_ins / "whole", verify=False)
+    with pytest.raises(ConfigError, match="erased before"):
+        restore(tmp_path / "both", strength=0.5)
+    assert weights_hash(restore(tmp_path / "both").encoder.state_dict()) == weights_hash(encoder.state_dict())
+
+
+def test_what_an_earlier_concept_became_can_go_as_well(drop_ins: Path, encoder: TextEncoder) -> None:
+    became = json.loads((drop_ins / "whole" / "erasure.json").read_text())["concepts"][0]["anchor"]
+    result = erase_concept(became, method="nullspace", start=drop_ins / "whole", verify=False)
+    new = result.record["concepts"][0]["anchor"]
+    assert new not in ("cat", became)
+    prompts = ["see a cat here in the snow", f"see a {became} here in the snow"]
+    wished = encoder.encode([f"see a {new} here in the snow"])
+    source, erased = encoder.encode(prompts), result.erasure.encoder.encode(prompts)
+    left = (erased - wished).square().sum((1, 2)) / (source - wished).square().sum((1, 2))
+    assert float(left.max()) < 0.4
+
+
+def test_a_damaged_record_is_refused(drop_ins: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(drop_ins / "whole", tmp_path / "bad")
+    record = json.loads((tmp_path / "bad" / "erasure.json").read_text())
+    record["concepts"] = [{"name": "cat", "kind": "magic", "aliases": [], "anchor": "dog"}]
+    (tmp_path / "bad" / "erasure.json").write_text(json.dumps(record))
+    with pytest.raises(ModelError, match="its record names a concept that is none"):
+        erase_concept("car", method="nullspace", start=tmp_path / "bad", verify=False)
