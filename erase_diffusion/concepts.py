@@ -245,16 +245,16 @@ def resolve_concept(concept: Concept, vocabulary: Vocabulary) -> Concept:
                 # “A crayon drawing” is no synonym of crayon: it says the word.
                 extra = tuple(w for w in extra if not says(w, concept.name))
             return replace(concept, aliases=tuple(dict.fromkeys((*concept.aliases, *extra))))
+    other = vocabulary.find(concept.name)
+    if other:
+        raise ConfigError(
+            f"{concept.name!r} is known as {article(other[0])}, not {article(concept.kind)}; pass --kind {other[0]}"
+        )
     if concept.within is not None:
         # The other looks of the thing are what must stay: they have to be known.
         raise ConfigError(
             f"{concept.name!r} is no {concept.kind} that the model's vocabulary holds, so it cannot be erased within "
             f"{concept.within!r}; it holds {', '.join(vocabulary.of_kind(concept.kind)) or 'none'}"
-        )
-    other = vocabulary.find(concept.name)
-    if other:
-        raise ConfigError(
-            f"{concept.name!r} is known as {article(other[0])}, not {article(concept.kind)}; pass --kind {other[0]}"
         )
     return concept
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 
 import pytest
 
@@ -13,6 +14,8 @@ from erase_diffusion.concepts import (
     PromptWriter,
     article,
     asks_for,
+    default_kind,
+    misspell,
     normalise,
     preserved,
     resolve_concept,
@@ -262,3 +265,52 @@ def test_only_a_look_can_be_erased_within_a_thing() -> None:
     with pytest.raises(ConfigError, match=r"'crayon' is known as a style"):
         resolve_concept(Concept("red", "attribute", within="crayon"), V)
     assert resolve_concept(Concept("red", "attribute", within="kitten"), V).within == "cat"
+
+
+def test_an_unknown_look_cannot_be_erased_within_a_thing() -> None:
+    with pytest.raises(ConfigError, match=r"'oil' is no style that the model's vocabulary holds.*crayon, blueprint"):
+        resolve_concept(Concept("oil", "style", within="cat"), V)
+    with pytest.raises(ConfigError, match="'crayon' is known as a style, not an attribute; pass --kind style"):
+        resolve_concept(Concept("crayon", "attribute", within="cat"), V)
+    assert default_kind("crayon", "cat", V) == "style"
+    assert default_kind("red", "cat", V) == "attribute"
+    assert default_kind("crayon", None, V) == "object"
+
+
+def test_leaks_are_asked_beside_the_verdict() -> None:
+    prompts = writer(Concept("cat", anchor="dog")).leak_prompts(20, ["dog", "rabbit"])
+    groups: dict[str, list[Prompt]] = {}
+    for p in prompts:
+        groups.setdefault(p.group, []).append(p)
+    assert set(groups) == {"misspelt", "neighbour thing"}
+    assert all(not says(p.text, "cat") and p.things == ("cat",) for p in groups["misspelt"])
+    assert {t for p in groups["neighbour thing"] for t in p.things} == {"dog", "rabbit"}
+    # “orange” is a fruit and a colour: the one is asked for beside the other, which must stay.
+    prompts = writer(Concept("orange", anchor="apple")).leak_prompts(20, ["apple"])
+    ambiguous = [p for p in prompts if p.group == "ambiguous"]
+    other = [p for p in prompts if p.group == "other meaning"]
+    assert len(ambiguous) == len(other) == 20
+    assert all("orange orange" in p.text and p.things == ("orange",) for p in ambiguous)
+    assert all(says(p.text, "orange") and p.attribute == "orange" and "orange" not in p.things for p in other)
+    styles = writer(Concept("crayon", "style", anchor="plain")).leak_prompts(10, ["blueprint"])
+    assert {p.style for p in styles if p.group == "neighbour style"} == {"blueprint"}
+
+
+@pytest.mark.parametrize("word", ["cat", "umbrella", "dog"])
+def test_a_misspelt_word_is_one_slip_away(word: str) -> None:
+    rng = random.Random(0)
+    slips = {misspell(word, rng) for _ in range(50)} - {word}
+    assert slips
+    assert all(sorted(s) == sorted(word) or abs(len(s) - len(word)) == 1 for s in slips)
+    assert misspell("ox", rng) == "ox"
+
+
+def test_classes_are_the_concept_and_what_stays_of_its_kind() -> None:
+    cat = writer(Concept("cat", anchor="dog")).training_sets(20, 20)
+    assert cat.forget_classes == ("a cat",)
+    assert "a dog" in cat.retain_classes and "a cat" not in cat.retain_classes
+    assert not cat.near
+    red = writer(Concept("red", "attribute", anchor="blue", within="cat")).training_sets(20, 20)
+    assert red.forget_classes == ("a red cat",)
+    assert {"a blue cat", "a red dog"} <= set(red.retain_classes)
+    assert red.near

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 from scipy.stats import binomtest
 
@@ -18,6 +19,7 @@ from erase_diffusion.metrics import (
     images_for_upper_bound,
     kept,
     rate,
+    recall_at,
     wilson,
 )
 
@@ -116,3 +118,12 @@ def test_every_row_of_what_must_stay_counts() -> None:
     assert damaged(KEPT | {"place of an erased prompt": Rate(20, 42)}, Limits()) == ["place of an erased prompt"]
     assert damaged(KEPT | {"place of an erased prompt": Rate(2, 5)}, Limits()) == []  # too few to judge
     assert damaged({"preserved concepts": Rate(0, 0)}, Limits()) == ["preserved concepts"]
+
+
+def test_recall_counts_the_queries_whose_own_match_is_near_the_top() -> None:
+    similarity = np.array([[0.9, 0.1, 0.0], [0.8, 0.5, 0.1], [0.3, 0.2, 0.1]])
+    assert [recall_at(similarity, k).found for k in (1, 2, 3)] == [1, 2, 3]
+    assert recall_at(similarity, 1, [1, 2]) == Rate(0, 2)
+    assert recall_at(np.zeros((4, 4)), 3) == Rate(0, 4)  # what is all alike is not retrieved
+    with pytest.raises(ConfigError, match="square"):
+        recall_at(np.zeros((2, 3)), 1)
