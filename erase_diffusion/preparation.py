@@ -57,7 +57,8 @@ def resolve_anchor(
     if concept.kind == "style":
         return dataclasses.replace(concept, anchor=vocabulary.neutral_style)
     if concept.kind == "attribute":
-        candidates = [a for a in vocabulary.attributes if normalise(a) not in erased]
+        gone = erased | {normalise(w) for w in concept.words}
+        candidates = [a for a in vocabulary.attributes if normalise(a) not in gone]
     else:
         candidates = [n for n in preserve if n in vocabulary.objects] or list(preserve)
     if not candidates:

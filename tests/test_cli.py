@@ -40,7 +40,14 @@ def last_line(text: str) -> str:
         (["--concept", "cat", "--preserve", ""], "preserved word is empty"),
         (["--concept", "cat", "--device", "warp"], "device 'warp' cannot be used"),
         (["--concept", "cat", "--method", "nullspace", "--steps", "5"], "no setting 'steps'"),
-        ([], "Missing option '--concept'"),
+        ([], "nothing to erase: name it with --concept"),
+        (
+            ["--concept", "dog", "--within", "cat", "--kind", "object"],
+            "only an attribute or a style can be erased within",
+        ),
+        (["--concept", "oil", "--within", "cat", "--kind", "style"], "'oil' is no style that the model's vocabulary"),
+        (["--concept", "crayon", "--within", "moss"], "'moss' must stay"),
+        (["--concept", "cat", "--method", "lipschitz", "--forget-images", "x"], "lipschitz uses no images"),
     ],
 )
 def test_bad_usage_is_one_line_and_exit_code_2(arguments: list[str], message: str, tmp_path: Path) -> None:
