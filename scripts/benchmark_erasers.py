@@ -85,11 +85,11 @@ def main(
         rows, concepts, counts, images = rows or QUICK_ROWS, ("cat",), (2,), min(images, 12)
     asked = {"model": model, "images": images, "seed": seed}
     figures: dict[str, Any] = json.loads(output.read_text()) if output and output.exists() else {}
-    figures = figures or {"asked": asked, "one": {}, "together": {}}
+    figures = {"asked": asked, "one": {}, "within": {}, "together": {}} | figures
     if figures["asked"] != asked:
         raise click.UsageError(f"{output} holds figures of {figures['asked']}, not of {asked}; choose another --output")
     chosen = rows or tuple(ROWS)
-    tasks = [("one", text, [concept(text)]) for text in concepts]
+    tasks = [("within" if concept(text).within else "one", text, [concept(text)]) for text in concepts]
     tasks += [("together", str(n), [Concept(c) for c in TOGETHER[:n]]) for n in counts if n > 0]
     bench = None
     for section, name, erased in tasks:
@@ -104,7 +104,7 @@ def main(
 
             bench = Bench(Model(model), images, seed)
         started = time.perf_counter()
-        work = bench.start(erased, leaks=section == "one")
+        work = bench.start(erased, leaks=section != "together")
         done["original"] = work.original()
         for row in left:
             done[row] = work.measure(ROWS[row])
@@ -115,8 +115,8 @@ def main(
         other = json.loads(path.read_text())
         if other["asked"] != asked:
             raise click.UsageError(f"{path} holds figures of {other['asked']}, not of {asked}")
-        for section in ("one", "together"):
-            for name, cells in other[section].items():
+        for section in ("one", "within", "together"):
+            for name, cells in other.get(section, {}).items():
                 figures[section].setdefault(name, {}).update(cells)
     text = report(figures)
     if report_path:

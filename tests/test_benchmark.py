@@ -78,6 +78,7 @@ def test_the_table_gives_every_rate_its_interval(monkeypatch: pytest.MonkeyPatch
     figures = {
         "asked": {"model": "mini", "images": 10, "seed": 0},
         "one": {str(i): {"token-swap": r} for i, r in enumerate(row)},
+        "within": {},
         "together": {},
     }
     cells = [cell(i) for i in (0, 1, 5)]

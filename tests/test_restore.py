@@ -113,3 +113,13 @@ def test_a_damaged_record_is_refused(drop_ins: Path, tmp_path: Path) -> None:
     (tmp_path / "bad" / "erasure.json").write_text(json.dumps(record))
     with pytest.raises(ModelError, match="its record names a concept that is none"):
         erase_concept("car", method="nullspace", start=tmp_path / "bad", verify=False)
+
+
+def test_a_look_within_a_thing_becomes_another_look(encoder: TextEncoder) -> None:
+    result = erase_concept("red", within="cat", method="nullspace", verify=False)
+    concept = result.record["concepts"][0]
+    assert (concept["kind"], concept["within"]) == ("attribute", "cat")
+    assert concept["anchor"] != "red"
+    prompts = ["see a red cat here in the snow", "see a red car here in the snow", "see a blue cat here in the snow"]
+    moved = (result.erasure.encoder.encode(prompts) - encoder.encode(prompts)).square().sum((1, 2))
+    assert float(moved[0]) > 3 * float(moved[1:].max())

@@ -115,8 +115,9 @@ def summary(figures: Mapping[str, Any]) -> str:
     for row in rows_of(figures, "one"):
         cells = cells_of(figures, "one", row)
         shown = [median(cells, c) for c in columns.values()]
-        lines.append([f"`{row}`" if row in ROWS else row, *shown, cost(figures["one"], row, "seconds")])
-    return markdown(["median over the concepts", *columns, "seconds"], lines)
+        name = f"`{row}`" if row in ROWS else row
+        lines.append([name, *shown, cost(figures["one"], row, "seconds"), str(len(cells))])
+    return markdown(["median over the concepts", *columns, "seconds", "concepts"], lines)
 
 
 def report(figures: Mapping[str, Any]) -> str:
@@ -148,6 +149,8 @@ def report(figures: Mapping[str, Any]) -> str:
         "(of 255); median seconds and peak memory of the erasure alone.\n",
         markdown(["row", "CLIP score", "drift", "seconds", "peak MiB"], lines),
     ]
+    if figures.get("within"):
+        parts += ["## A look on one thing alone\n", within(figures)]
     if figures["together"]:
         parts += ["## Several concepts at once\n", growth(figures)]
     names = list(one)
@@ -161,6 +164,24 @@ def report(figures: Mapping[str, Any]) -> str:
 
 def verdict(done: Mapping[str, Any], row: str) -> str:
     return "; ".join(c.get("verdict", "–") for c in done[row]["concepts"].values()) if row in done else "–"
+
+
+def within(figures: Mapping[str, Any]) -> str:
+    """Of each look that was erased on one thing alone: found there, and kept on that thing and on others."""
+    columns = {
+        "found": found("named"),
+        "the thing in other looks": kept("same thing, other looks"),
+        "the look on other things": kept("same look, other things"),
+        "preserved": KEPT["preserved"],
+    }
+    lines = []
+    for row in rows_of(figures, "within"):
+        for name, done in figures["within"].items():
+            if row in done:
+                cells = list(done[row]["concepts"].values())
+                look, _, thing = name.split(":")
+                lines.append([row, f"{look}, on {thing}", *(pooled(cells, c) for c in columns.values())])
+    return markdown(["row", "erased", *columns], lines)
 
 
 def growth(figures: Mapping[str, Any]) -> str:
