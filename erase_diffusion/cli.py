@@ -103,6 +103,13 @@ def _one_line(error: BaseException) -> str:
 )
 @click.option("--strength", type=float, help="From 0, the encoder as it is, to 1, the whole way. [default: 1]")
 @click.option("--steps", type=int, help="Training steps at most, for methods that train.")
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="A setting of the method, for example --set towers=both or --set forgetting_form=raw; may be repeated.",
+)
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True)
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, …")
 @click.option(
@@ -159,6 +166,7 @@ def erase_concept(
     quiet: bool,
     dtype: str,
     method: str | None,
+    settings: tuple[str, ...],
     **options: Any,
 ) -> None:
     """Remove a concept from a Stable Diffusion model by editing its CLIP text encoder, and prove it.
@@ -196,6 +204,7 @@ def erase_concept(
                 aliases=aliases,
                 preserve=preserve,
                 method=method or DEFAULT_METHOD,
+                settings=_settings(settings),
                 dtype=getattr(torch, dtype),
                 verify=not no_verify,
                 progress=progress,
@@ -244,6 +253,20 @@ def restore(folder: Path, strength: float, model: str | None, output: Path, over
     else:
         what = "the original text encoder" if strength == 0 else f"the erasure at strength {strength}, not verified"
         click.echo(f"{output}: {what} (sha256 {digest[:12]}…)")
+
+
+def _settings(given: tuple[str, ...]) -> dict[str, Any]:
+    """NAME=VALUE pairs; a value is a number, true, false or null where it reads as one, else a word."""
+    settings: dict[str, Any] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals or not name.strip():
+            raise ConfigError(f"--set takes NAME=VALUE, got {text!r}")
+        try:
+            settings[name.strip()] = json.loads(value)
+        except ValueError:
+            settings[name.strip()] = value.strip()
+    return settings
 
 
 def _slug(word: str) -> str:

@@ -85,12 +85,27 @@ def method_config(method: str, **given: Any) -> Any:
     if method not in ERASERS:
         raise ConfigError(f"unknown method {method!r}: give one of {', '.join(ERASERS)}")
     config_class = ERASERS[method][1]
-    fields = {f.name for f in dataclasses.fields(config_class)}
+    fields = {f.name: f.default for f in dataclasses.fields(config_class)}
     given = {k: v for k, v in given.items() if v is not None}
-    unknown = sorted(set(given) - fields)
+    unknown = sorted(set(given) - set(fields))
     if unknown:
         raise ConfigError(f"{method} has no setting {unknown[0]!r}; it has {', '.join(sorted(fields))}")
-    return config_class(**given)
+    return config_class(**{name: _like(f"{method}: {name}", value, fields[name]) for name, value in given.items()})
+
+
+def _like(label: str, value: Any, default: Any) -> Any:
+    """A setting's value when it is of its default's sort: a whole number, a number (None as well), a word, numbers."""
+    if isinstance(default, tuple):
+        values = value if isinstance(value, list | tuple) else [value]
+        return tuple(_like(label, v, 0.0) for v in values)
+    whole = isinstance(default, int)
+    sort = "a word" if isinstance(default, str) else "a whole number" if whole else "a number"
+    fits = isinstance(value, str if sort == "a word" else int if whole else (int, float)) and not isinstance(
+        value, bool
+    )
+    if not fits or (sort != "a word" and not math.isfinite(value)):
+        raise ConfigError(f"{label} must be {sort}, got {value!r}")
+    return value
 
 
 def erase_concept(

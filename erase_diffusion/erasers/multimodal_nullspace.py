@@ -105,10 +105,14 @@ class MultimodalNullspace:
     """Removes the span of prompts and prototypes from both projections, or edits the blocks' values."""
 
     name: ClassVar[str] = "multimodal-nullspace"
-    needs: ClassVar[Needs] = "clip"
 
     def __init__(self, config: MultimodalNullspaceConfig | None = None):
         self.config = config or MultimodalNullspaceConfig()
+
+    @property
+    def needs(self) -> Needs:
+        """The CLIP at its projections; in the blocks prompts alone."""
+        return "clip" if self.config.site == "projection" else "prompts"
 
     def erase(
         self,

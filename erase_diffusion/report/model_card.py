@@ -23,6 +23,13 @@ A drop-in CLIP text encoder for `{{ record.source.model|cell }}`, made by erase-
 {% for c in record.concepts -%}
 | {{ c|named|cell }} | {{ c.kind }} | {{ c.aliases|join(', ')|cell or '–' }} | {{ c.anchor|cell }} |
 {% endfor %}
+{% if record.earlier -%}
+It goes on from an encoder that had been erased before, and stays so:
+{% for r in record.earlier %}{% for c in r.concepts %}
+- {{ c|named|cell }} (became {{ c.anchor|cell }}, by `{{ r.method|cell }}`)
+{%- endfor %}{% endfor %}
+
+{% endif -%}
 ## Use
 
 ```python
