@@ -10,6 +10,7 @@ from typing import Any
 from erase_diffusion.metrics import Rate, together
 from eraser_benchmark.rows import ROWS
 
+DEFAULT = "cliperase"
 Cell = Mapping[str, Any]
 
 
@@ -131,6 +132,8 @@ def report(figures: Mapping[str, Any]) -> str:
         "what is kept is of what the original showed.\n",
         "## In short\n",
         summary(figures),
+        "## The bars\n",
+        bars(figures),
     ]
     for title, columns in (("What is still found", GONE), ("What is kept", KEPT), ("On the CLIP itself", CLIP)):
         lines = [
@@ -164,6 +167,68 @@ def report(figures: Mapping[str, Any]) -> str:
 
 def verdict(done: Mapping[str, Any], row: str) -> str:
     return "; ".join(c.get("verdict", "–") for c in done[row]["concepts"].values()) if row in done else "–"
+
+
+def bars(figures: Mapping[str, Any]) -> str:
+    """Each bar beside its figure: medians over the concepts, pooled where concepts go together."""
+
+    def medians(row: str, column: Callable[[Cell], Rate | None]) -> tuple[float | None, str]:
+        values = [r.value for r in map(column, cells_of(figures, "one", row)) if r is not None]
+        return (statistics.median(values), f"median of {len(values)}") if values else (None, "")
+
+    def at_once(column: Callable[[Cell], Rate | None]) -> tuple[float | None, str]:
+        done = figures["together"].get("8", {}).get(DEFAULT)
+        rates = [r for c in done["concepts"].values() if (r := column(c)) is not None] if done else []
+        return (together(rates).value, str(together(rates))) if rates else (None, "")
+
+    def look(row: str, task: str, column: Callable[[Cell], Rate | None]) -> tuple[float | None, str]:
+        done = figures.get("within", {}).get(task, {}).get(row)
+        r = column(next(iter(done["concepts"].values()))) if done else None
+        return (r.value, str(r)) if r else (None, "")
+
+    def relative(row: str) -> tuple[float | None, str]:
+        """Zero-shot retain accuracy, of the original's."""
+        column, shares = CLIP["zero-shot retain"], []
+        for done in figures["one"].values():
+            for name, cell in done.get(row, {"concepts": {}})["concepts"].items():
+                after, before = column(cell), column(done["original"]["concepts"][name])
+                if after and before:
+                    shares.append(after.value / before.value)
+        return (statistics.median(shares), f"median of {len(shares)}") if shares else (None, "")
+
+    paper, projection = "cliperase, the paper's form", "nullspace, at the projection"
+    red, crayon = "red:attribute:cat", "crayon:style:cat"
+    same_thing, same_look = kept("same thing, other looks"), kept("same look, other things")
+    asked: list[tuple[str, tuple[float | None, str], str, float]] = [
+        (f"{DEFAULT}: named + synonym found", medians(DEFAULT, found("named", "synonym")), "≤", 0.005),
+        ("described found", medians(DEFAULT, GONE["described"]), "≤", 0.03),
+        ("misspelt found", medians(DEFAULT, GONE["misspelt"]), "≤", 0.01),
+        ("ambiguous word: the thing found", medians(DEFAULT, GONE["ambiguous"]), "≤", 0.01),
+        ("ambiguous word: its other meaning kept", medians(DEFAULT, KEPT["other meaning"]), "≥", 0.90),
+        ("preserved concepts kept", medians(DEFAULT, KEPT["preserved"]), "≥", 0.98),
+        ("nearest concepts kept", medians(DEFAULT, KEPT["nearest"]), "≥", 0.93),
+        ("the rest of an erased prompt kept", medians(DEFAULT, KEPT["rest of the prompt"]), "≥", 0.95),
+        ("8 concepts at once: found", at_once(found("named", "synonym")), "≤", 0.01),
+        ("8 concepts at once: preserved", at_once(KEPT["preserved"]), "≥", 0.93),
+        ("subgroup: red cats found", look("subgroup", red, found("named")), "≤", 0.10),
+        ("subgroup: other cats kept", look("subgroup", red, same_thing), "≥", 0.85),
+        ("subgroup: other red things kept", look("subgroup", red, same_look), "≥", 0.93),
+        (f"{DEFAULT}: crayon cats found", look(DEFAULT, crayon, found("named")), "≤", 0.10),
+        ("plain cats kept", look(DEFAULT, crayon, same_thing), "≥", 0.85),
+        ("crayon others kept", look(DEFAULT, crayon, same_look), "≥", 0.93),
+        (f"{paper}: zero-shot forget", medians(paper, CLIP["zero-shot forget"]), "≤", 0.0),
+        ("zero-shot retain, of the original's", relative(paper), "≥", 0.90),
+        (f"{projection}: zero-shot forget", medians(projection, CLIP["zero-shot forget"]), "≤", 0.01),
+        ("zero-shot retain, of the original's", relative(projection), "≥", 0.97),
+    ]
+    lines = []
+    for name, (value, told), sign, bar in asked:
+        met = "not measured" if value is None else "met" if (value <= bar if sign == "≤" else value >= bar) else "short"
+        shown = "–" if value is None else f"{value:.1%}"
+        lines.append(
+            [name, f"{shown} ({told})" if told and "[" not in told else told or shown, f"{sign} {bar:.1%}", met]
+        )
+    return markdown(["what", "figure", "bar", ""], lines)
 
 
 def within(figures: Mapping[str, Any]) -> str:
