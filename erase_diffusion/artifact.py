@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel
 
 SCHEMA_VERSION = 1
-WHOLE = "whole.safetensors"
+WHOLE, RESTORED = "whole.safetensors", "restored.json"
 
 
 def check_output(folder: Path, *, overwrite: bool) -> None:
@@ -46,7 +46,8 @@ def check_output(folder: Path, *, overwrite: bool) -> None:
         if not overwrite:
             raise OutputError(f"{folder} exists; pass --overwrite to replace it, or choose another --output")
         try:
-            foreign = any(folder.iterdir()) and not (folder / "erasure.json").exists()
+            ours = any((folder / name).exists() for name in ("erasure.json", RESTORED))
+            foreign = any(folder.iterdir()) and not ours
         except OSError as error:
             raise OutputError(f"{folder} cannot be read, so it cannot be replaced: {error.strerror}") from None
         if foreign:
@@ -75,7 +76,8 @@ def save_drop_in(
     Raises OutputError when it cannot be written, leaving nothing half-written, and ModelError when the
     weights are not finite.
     """
-    state = encoder.state_dict()
+    tower = {f"clip: {k}": v for k, v in clip[0].state_dict().items()} if clip else {}
+    state = {**tower, **(whole or {}), **encoder.state_dict()}
     broken = [k for k, v in state.items() if not torch.isfinite(v).all()]
     if broken:
         raise ModelError(f"the erased encoder holds NaN or infinite values ({broken[0]}); nothing was saved")
@@ -88,10 +90,13 @@ def save_drop_in(
         (temporary / "README.md").write_text(card, encoding="utf-8")
         if picture is not None:
             picture.save(temporary / "before-after.png", optimize=True)
-        for part in clip:
-            part.save_pretrained(temporary / "clip")
-        if whole:
-            save_file(dict(whole), temporary / WHOLE, metadata={"format": "pt"})
+        try:
+            for part in clip:
+                part.save_pretrained(temporary / "clip")
+            if whole:
+                save_file(dict(whole), temporary / WHOLE, metadata={"format": "pt"})
+        except Exception as error:  # as in `write_encoder`
+            raise OSError(str(error)) from error
 
     write_folder(folder, write, overwrite=overwrite)
 

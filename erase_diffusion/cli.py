@@ -185,6 +185,8 @@ def erase_concept(
             f"--alias belongs to one concept, got {len(concepts)} concepts; give each its own in a --concepts-file"
         )
     listed = read_concepts(concepts_file, kind=options["kind"]) if concepts_file else ()
+    if listed and (aliases or options["anchor"] or options["within"]):
+        raise ConfigError("--alias, --anchor and --within belong to a --concept; the file has columns for them")
     if not concepts and not listed:
         raise ConfigError("nothing to erase: name it with --concept, or list it in a --concepts-file")
     names = [*concepts, *(c.name for c in listed)]

@@ -153,7 +153,8 @@ class PromptSets:
     words: the words to forget, each with what it becomes.  plain: the words in every template, with nothing else said.
     forget_classes: one plain phrase a concept (“a cat”), retain_classes: one for each of its kind that stays; the
     classes of CLIP's zero-shot classification.
-    near: whether the retain prompts say the very words that are forgotten, as of a look within a thing.
+    near: whether retain prompts say the very words that are forgotten: of a look within a thing, of a word with two
+    meanings.
     """
 
     forget: tuple[tuple[str, str], ...]
@@ -317,14 +318,15 @@ class PromptWriter:
             raise ConfigError("nothing is left to preserve; name at least one concept with --preserve")
         self.concept, self.vocabulary, self.preserve, self.seed = concept, vocabulary, dict(preserve), seed
         self.name = canonical(concept, vocabulary)
-        self._gone = {(c.kind, canonical(c, vocabulary)) for c in (concept, *erased_with) if c.within is None}
+        together = (concept, *erased_with)
+        self._gone = {(c.kind, canonical(c, vocabulary)) for c in together if c.within is None}
+        self._gone_within = {(c.within, c.kind, canonical(c, vocabulary)) for c in together if c.within is not None}
         if concept.within is not None and concept.within not in self.preserve:
             raise ConfigError(f"{concept.within!r} must stay, to erase {concept.name!r} within it; preserve it too")
 
     def _forgotten(self, thing: str, attribute: str | None = None, style: str | None = None) -> bool:
-        """Whether this look of this thing is what is erased within it."""
-        look = attribute if self.concept.kind == "attribute" else style
-        return self.concept.within == thing and look == self.name
+        """Whether this look of this thing is erased within it."""
+        return bool({(thing, "attribute", attribute), (thing, "style", style)} & self._gone_within)
 
     def _style(self, rng: random.Random, name: str | None) -> tuple[str, str]:
         """The phrase before “of” and the suffix for a style, None being the neutral one unsaid."""
@@ -464,18 +466,26 @@ class PromptWriter:
         assert within is not None
         same_thing = group == "same thing"
         # Only a drawn object has attributes; a style is on everything.
-        others = [n for n in self.preserve if n != within and (kind == "style" or n in v.objects)]
+        look = {"attribute": self.name} if kind == "attribute" else {"style": self.name}
+        others = [
+            n
+            for n in self.preserve
+            if n != within and (kind == "style" or n in v.objects) and not self._forgotten(n, **look)
+        ]
         thing = within if same_thing or not others else rng.choice(others)
         attribute, place, style = self._context(rng, thing, held_out)
         if kind == "attribute":
-            looks = [a for a in v.attributes if a != self.name] if same_thing else [self.name]
+            looks = [self.name]
+            if same_thing:
+                looks = [a for a in v.attributes if not self._forgotten(thing, attribute=a)]
             cells = [
                 (a, p) for a in looks for p in v.places if not v.is_held_out or v.is_held_out(thing, a, p) == held_out
             ]
             attribute, place = rng.choice(cells) if cells and place else (rng.choice(looks), None)
             phrase, suffix = self._style(rng, style)
         elif same_thing:
-            style = rng.choice([None, *(s for s in v.styles if s not in (self.name, v.neutral_style))])
+            kept = [s for s in v.styles if s != v.neutral_style and not self._forgotten(thing, style=s)]
+            style = rng.choice([None, *kept])
             phrase, suffix = self._style(rng, style)
         else:
             style = self.name
@@ -523,7 +533,7 @@ class PromptWriter:
             becomes,
             self._plain(),
             *self._classes(),
-            near=self.concept.within is not None,
+            near=any(says(p, w) for p in kept for w in self.concept.words),
         )
 
     def _classes(self) -> tuple[tuple[str, ...], tuple[str, ...]]:

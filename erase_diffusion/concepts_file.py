@@ -14,7 +14,8 @@ MAX_ROWS = 10_000
 
 def read_concepts(path: Path, *, kind: str | None = None) -> tuple[Concept, ...]:
     """The concepts of a CSV file with the column `concept`, and any of `kind`, `alias` (several parted by |), `anchor`
-    and `within`; an empty cell is a value not given, and `kind` what a row without one has.
+    and `within`; an empty cell is a value not given, and `kind` what a row without one has (else object, or attribute
+    for a look within a thing).
 
     Raises DataError, with file and line, for a file that cannot be read, a header without `concept` or with other
     columns, a row of another length, a concept that is none, and one that is there twice.
@@ -44,7 +45,8 @@ def read_concepts(path: Path, *, kind: str | None = None) -> tuple[Concept, ...]
             try:
                 concept = Concept(
                     cells["concept"],
-                    (cells.get("kind") or kind or "object"),  # type: ignore[arg-type]  # checked by Concept
+                    # Checked by Concept.
+                    cells.get("kind") or kind or ("attribute" if cells.get("within") else "object"),  # type: ignore[arg-type]
                     aliases,
                     cells.get("anchor") or None,
                     cells.get("within") or None,

@@ -19,14 +19,14 @@ from torch import Tensor
 
 from erase_diffusion.artifact import SCHEMA_VERSION, load_erased_text_encoder, read_record, save_drop_in
 from erase_diffusion.concepts import Concept, Kind, PromptSets, default_kind
-from erase_diffusion.erasers import ERASERS, Eraser, Erasure
+from erase_diffusion.erasers import ERASERS, Eraser, Erasure, TokenSwap
 from erase_diffusion.errors import ConfigError, ModelError
 from erase_diffusion.metrics import Limits
 from erase_diffusion.models import Model, source_hash
 from erase_diffusion.preparation import Preparation, Progress, counter, prepare, read_own_images
 from erase_diffusion.report.before_after import before_after
 from erase_diffusion.report.model_card import model_card
-from erase_diffusion.text_encoder import PREFIX, TextEncoder
+from erase_diffusion.text_encoder import PREFIX, TextEncoder, weights_hash
 from erase_diffusion.verification import Verification, Verifier, make_checker
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ def erase_concept(
             "and 2.x never read: no picture would change; use site 'hidden'"
         )
     loaded = Model(model, device=device, dtype=dtype) if isinstance(model, str) else model
-    if hasattr(config, "learning_rate") and "learning_rate" not in given_settings:
+    if hasattr(config, "learning_rate") and given_settings.get("learning_rate") is None:
         config = dataclasses.replace(config, learning_rate=loaded.spec.learning_rate * config.rate)
     given = [concept] if isinstance(concept, (str, Concept)) else list(concept)
     concepts = [
@@ -169,6 +169,8 @@ def erase_concept(
         raise ConfigError(
             f"{method} uses no images; leave out --forget-images and --retain-images, or choose cliperase"
         )
+    if method == TokenSwap.name and any(c.within for c in concepts):
+        raise ConfigError(f"{method} swaps a word wherever it stands, not within a thing alone; choose another method")
     own = read_own_images(concepts, forget_images, retain_images, skip_bad) if concepts else None
     lineage, tower = _go_on_from(start, loaded) if start is not None else ([], None)
     job = prepare(
@@ -193,7 +195,7 @@ def erase_concept(
         calibrations = [verifier.calibrate(w, images=images_per_group, progress=count) for w in judged]
 
     started = time.perf_counter()
-    sets, triggers = job.prompt_sets()
+    sets, triggers = job.prompt_sets()  # counted: the search for words that ask without naming is part of it
     images: dict[str, Tensor] = {}
     if eraser.needs in ("features", "pixels"):
         sets, images = job.pictures(sets, verifier.pipe if verifier else loaded.painter(), progress)
@@ -219,12 +221,20 @@ def _go_on_from(folder: str | Path, model: Model) -> tuple[list[dict[str, Any]],
     """The records of what a drop-in has forgotten, the oldest first, and its text tower in float32, checked."""
     tower = load_erased_text_encoder(folder, base=model)
     record = read_record(Path(folder))
+    if (Path(folder) / "clip").exists():
+        raise ConfigError(f"{folder} erased its CLIP's image tower as well: no erasure can go on from it")
     earlier = record.get("earlier", [])
     keep = ("concepts", "method", "parameters", "stopped", "erased", "versions", "seconds")
     lineage = [*earlier, {k: record[k] for k in keep if k in record}] if isinstance(earlier, list) else None
     if not lineage or not all(isinstance(r, dict) and isinstance(r.get("concepts"), list) for r in lineage):
         raise ModelError(f"{Path(folder) / 'erasure.json'} does not say what was erased before")
     return lineage, tower
+
+
+def _as_they_are_now(lineage: Sequence[Mapping[str, Any]], concepts: Sequence[Concept]) -> list[dict[str, Any]]:
+    """The lineage with each concept's anchor as it is after this erasure: what it became may have been erased since."""
+    anchors = iter(concepts)
+    return [{**r, "concepts": [{**c, "anchor": next(anchors).anchor} for c in r["concepts"]]} for r in lineage]
 
 
 def _recorded_concept(row: Any, folder: str | Path | None) -> Concept:
@@ -314,7 +324,7 @@ def _record(
             for w in job.writers
         ],
         # What the encoder had forgotten before this erasure, the oldest first.
-        "earlier": list(lineage),
+        "earlier": _as_they_are_now(lineage, [w.concept for w in job.earlier]),
         "method": erasure.method,
         "parameters": erasure.parameters | {"seed": job.seed},
         "stopped": erasure.stopped,
@@ -331,7 +341,11 @@ def _record(
             "sha256": source_hash(job.original),
             "class": "CLIPTextModel",
         },
-        "erased": {"sha256": source_hash(erasure.encoder), "dtype": str(erasure.encoder.dtype).removeprefix("torch.")},
+        "erased": {
+            "sha256": source_hash(erasure.encoder),
+            "whole_sha256": weights_hash(dict(erasure.whole)) if erasure.whole else None,
+            "dtype": str(erasure.encoder.dtype).removeprefix("torch."),
+        },
         "versions": _versions(),
         "device": model.device,
         "picture_dtype": str(model.dtype).removeprefix("torch."),

@@ -120,9 +120,8 @@ class Preparation:
 
         def clean(prompts: Sequence[str]) -> tuple[str, ...]:
             # With several concepts, one's retain prompts may name another (a style beside an object).
-            return tuple(
-                p for p in dict.fromkeys(prompts) if many == 1 or not any(asks_for(p, c) for c in self.concepts)
-            )
+            alone = many == 1 and not self.earlier
+            return tuple(p for p in dict.fromkeys(prompts) if alone or not any(asks_for(p, c) for c in self.concepts))
 
         # What is forgotten already is held where it is now, at its anchor; unless that goes too.
         told = [w.training_sets(-(-320 // len(self.earlier)), 1) for w in self.earlier]
@@ -150,7 +149,7 @@ class Preparation:
     ) -> tuple[PromptSets, dict[str, Tensor]]:
         """The prompt sets with the user's captions among them, and prompt → pixel values (k, 3, size, size).
 
-        Pictures of a side that the user brings none of are drawn by `pipe` with the unedited encoder, `drawn` to
+        Pictures of a side that the user brings none of are drawn by `pipe` with the encoder to erase from, `drawn` to
         train on and a quarter of that to stop by.
         """
         pixels: dict[str, Tensor] = {}
@@ -230,6 +229,11 @@ def prepare(
     clip = model.clip() if needs_clip or Path(model.spec.clip).is_dir() else None
     original = model.paired_text_encoder(clip[0]) if clip else model.text_encoder()
     encoder = original if start is None else dataclasses.replace(original, model=start.to(model.device))
+    width = int(encoder.model.config.hidden_size)
+    if len(together) >= width:
+        raise ConfigError(
+            f"{len(together)} concepts are more than a text encoder of width {width} can tell apart; erase fewer"
+        )
     erased = {normalise(w) for c in together if c.within is None for w in c.words}
     writers: list[PromptWriter] = []
     for one, keep in zip(together, keeps, strict=True):

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from erase_diffusion.artifact import (
+    RESTORED,
     WHOLE,
     check_source,
     load_erased_text_encoder,
@@ -21,9 +23,9 @@ from erase_diffusion.artifact import (
 )
 from erase_diffusion.erasers.base import blend, check_strength
 from erase_diffusion.errors import ConfigError, ModelError
-from erase_diffusion.models import Model, check_weights, source_hash
+from erase_diffusion.models import Model, source_hash
 from erase_diffusion.report.model_card import model_card
-from erase_diffusion.text_encoder import TextEncoder
+from erase_diffusion.text_encoder import TextEncoder, weights_hash
 
 CLOSED_FORMS = ("nullspace", "multimodal-nullspace", "token-swap")
 
@@ -43,12 +45,16 @@ class Restored:
         """Write a folder with the encoder and its tokenizer, for the original without a record. Raises OutputError."""
         path = Path(folder)
         if self.record is None:
-            write_folder(path, lambda temporary: write_encoder(temporary, self.encoder), overwrite=overwrite)
+            write_folder(path, self._write_original, overwrite=overwrite)
         else:
             save_drop_in(
                 path, self.encoder, self.record, model_card(self.record), None, overwrite=overwrite, whole=self.whole
             )
         return path
+
+    def _write_original(self, folder: Path) -> None:
+        write_encoder(folder, self.encoder)
+        (folder / RESTORED).write_text(json.dumps({"sha256": source_hash(self.encoder)}) + "\n")
 
 
 def restore(folder: str | Path, *, strength: float = 0.0, model: str | None = None) -> Restored:
@@ -83,7 +89,7 @@ def restore(folder: str | Path, *, strength: float = 0.0, model: str | None = No
         raise ModelError(f"{folder / 'erasure.json'} does not say the strength")
     whole = replace(original, model=erased).state_dict()
     if parameters["strength"] != 1.0:
-        whole |= _whole(folder, original)
+        whole |= _whole(folder, original, record["erased"].get("whole_sha256"))
     blended = original.copy()
     before = original.state_dict()
     mixed = {k: v.to(original.dtype) for k, v in blend(_float(before), _float(whole), strength).items()}
@@ -94,7 +100,8 @@ def restore(folder: str | Path, *, strength: float = 0.0, model: str | None = No
     changed = {k: v for k, v in whole.items() if not torch.equal(v, before[k])} if strength != 1.0 else {}
     made = record | {
         "parameters": parameters | {"strength": strength},
-        "erased": record["erased"] | {"sha256": source_hash(blended)},
+        "erased": record["erased"]
+        | {"sha256": source_hash(blended), "whole_sha256": weights_hash(changed) if changed else None},
         "restored_from": {"sha256": record["erased"]["sha256"], "strength": parameters["strength"]},
         # What was measured was measured at another strength.
         "verification": [],
@@ -102,14 +109,18 @@ def restore(folder: str | Path, *, strength: float = 0.0, model: str | None = No
     return Restored(blended, json.loads(json.dumps(made)), changed)
 
 
-def _whole(folder: Path, original: TextEncoder) -> dict[str, torch.Tensor]:
+def _whole(folder: Path, original: TextEncoder, expected: Any) -> dict[str, torch.Tensor]:
     """The checked tensors that a closed form gave at full strength."""
     path = folder / WHOLE
     if not path.exists():
         raise ModelError(f"{path} is missing: without it the full strength is not known")
-    check_weights(folder / "text_encoder")
     known = original.state_dict()
-    whole: dict[str, torch.Tensor] = load_file(path)
+    try:
+        whole: dict[str, torch.Tensor] = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path} is not a whole safetensors file: {error}") from None
+    if weights_hash(whole) != expected:
+        raise ModelError(f"{path}: the weights are not the ones that erasure.json records")
     for name, tensor in whole.items():
         if name not in known or tensor.shape != known[name].shape or not torch.isfinite(tensor).all():
             raise ModelError(f"{path}: {name} does not belong to this text encoder, or is not finite")

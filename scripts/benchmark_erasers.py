@@ -29,6 +29,7 @@ from erase_diffusion.models import Model
 CONCEPTS = (
     *("cat", "dog", "car", "boat", "flower", "house"),
     *("crayon:style", "watercolour:style", "Zibby:character", "orange"),
+    *("red:attribute:cat", "crayon:style:cat"),
 )
 TOGETHER = ("cat", "car", "flower", "house", "dog", "boat", "umbrella", "apple")
 COUNTS = (1, 2, 4, 8)
@@ -82,12 +83,24 @@ def main(
 ) -> None:
     torch.set_num_threads(threads)
     if quick:
-        rows, concepts, counts, images = rows or QUICK_ROWS, ("cat",), (2,), min(images, 12)
+        rows, concepts, counts, images = (
+            rows or QUICK_ROWS,
+            concepts if concepts != CONCEPTS else ("cat",),
+            (2,),
+            min(images, 12),
+        )
     asked = {"model": model, "images": images, "seed": seed}
     figures: dict[str, Any] = json.loads(output.read_text()) if output and output.exists() else {}
     figures = {"asked": asked, "one": {}, "within": {}, "together": {}} | figures
     if figures["asked"] != asked:
         raise click.UsageError(f"{output} holds figures of {figures['asked']}, not of {asked}; choose another --output")
+    for path in merge:
+        other = json.loads(path.read_text())
+        if other["asked"] != asked:
+            raise click.UsageError(f"{path} holds figures of {other['asked']}, not of {asked}")
+        for section in ("one", "within", "together"):
+            for name, cells in other.get(section, {}).items():
+                figures[section].setdefault(name, {}).update(cells)
     chosen = rows or tuple(ROWS)
     tasks = [("within" if concept(text).within else "one", text, [concept(text)]) for text in concepts]
     tasks += [("together", str(n), [Concept(c) for c in TOGETHER[:n]]) for n in counts if n > 0]
@@ -95,8 +108,12 @@ def main(
     for section, name, erased in tasks:
         done: dict[str, Any] = figures[section].setdefault(name, {})
         left = [r for r in chosen if r not in done]
-        if section == "together":
+        if section != "one":
+            # Variants of a method are told apart on single concepts; a swapped word knows no “within”.
             left = [r for r in left if ROWS[r].pictures and not ROWS[r].settings]
+            left = [r for r in left if section == "together" or ROWS[r].method != "token-swap"]
+        if model != "mini":
+            left = [r for r in left if not ROWS[r].drawings]
         if not left:
             continue
         if bench is None:
@@ -111,13 +128,6 @@ def main(
             click.echo(f"{section} {name}, {row}: {time.perf_counter() - started:.0f} s", err=True)
             if output:
                 save(figures, output)
-    for path in merge:
-        other = json.loads(path.read_text())
-        if other["asked"] != asked:
-            raise click.UsageError(f"{path} holds figures of {other['asked']}, not of {asked}")
-        for section in ("one", "within", "together"):
-            for name, cells in other.get(section, {}).items():
-                figures[section].setdefault(name, {}).update(cells)
     text = report(figures)
     if report_path:
         report_path.write_text(text, encoding="utf-8")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import run_cli
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers import CLIPModel
 
 from erase_diffusion import erase_concept
 from erase_diffusion.artifact import load_erased_text_encoder
@@ -92,11 +94,15 @@ def test_going_on_from_an_erasure_keeps_it_and_tells_of_it(
     assert weights_hash(restore(tmp_path / "both").encoder.state_dict()) == weights_hash(encoder.state_dict())
 
 
-def test_what_an_earlier_concept_became_can_go_as_well(drop_ins: Path, encoder: TextEncoder) -> None:
+def test_what_an_earlier_concept_became_can_go_as_well(drop_ins: Path, tmp_path: Path, encoder: TextEncoder) -> None:
     became = json.loads((drop_ins / "whole" / "erasure.json").read_text())["concepts"][0]["anchor"]
     result = erase_concept(became, method="nullspace", start=drop_ins / "whole", verify=False)
     new = result.record["concepts"][0]["anchor"]
     assert new not in ("cat", became)
+    assert result.record["earlier"][0]["concepts"][0]["anchor"] == new  # the record says what it is now
+    result.save_pretrained(tmp_path / "both")
+    third = erase_concept("train", method="nullspace", start=tmp_path / "both", verify=False)
+    assert [c["name"] for r in third.record["earlier"] for c in r["concepts"]] == ["cat", became]
     prompts = ["see a cat here in the snow", f"see a {became} here in the snow"]
     wished = encoder.encode([f"see a {new} here in the snow"])
     source, erased = encoder.encode(prompts), result.erasure.encoder.encode(prompts)
@@ -105,8 +111,6 @@ def test_what_an_earlier_concept_became_can_go_as_well(drop_ins: Path, encoder: 
 
 
 def test_a_damaged_record_is_refused(drop_ins: Path, tmp_path: Path) -> None:
-    import shutil
-
     shutil.copytree(drop_ins / "whole", tmp_path / "bad")
     record = json.loads((tmp_path / "bad" / "erasure.json").read_text())
     record["concepts"] = [{"name": "cat", "kind": "magic", "aliases": [], "anchor": "dog"}]
@@ -123,3 +127,30 @@ def test_a_look_within_a_thing_becomes_another_look(encoder: TextEncoder) -> Non
     prompts = ["see a red cat here in the snow", "see a red car here in the snow", "see a blue cat here in the snow"]
     moved = (result.erasure.encoder.encode(prompts) - encoder.encode(prompts)).square().sum((1, 2))
     assert float(moved[0]) > 3 * float(moved[1:].max())
+
+
+def test_weights_that_are_not_the_recorded_ones_are_refused(drop_ins: Path, tmp_path: Path) -> None:
+    shutil.copytree(drop_ins / "half", tmp_path / "half")
+    file = tmp_path / "half" / "whole.safetensors"
+    save_file({k: v + 1 for k, v in load_file(file).items()}, file)
+    with pytest.raises(ModelError, match=r"whole\.safetensors: the weights are not the ones"):
+        restore(tmp_path / "half", strength=1.0)
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ModelError, match="is not a whole safetensors file"):
+        restore(tmp_path / "half", strength=1.0)
+    restore(tmp_path / "half").save_pretrained(tmp_path / "original")  # control: the original needs none of it
+    restore(tmp_path / "half").save_pretrained(tmp_path / "original", overwrite=True)
+
+
+def test_a_whole_clip_is_saved_when_both_towers_are_erased(tmp_path: Path, mini: Model) -> None:
+    settings = {"towers": "both", "steps": 2}
+    result = erase_concept("cat", settings=settings, verify=False)
+    result.save_pretrained(tmp_path / "both")
+    clip = CLIPModel.from_pretrained(tmp_path / "both" / "clip")
+    erased = weights(tmp_path / "both")
+    text = {f"text_model.{k.removeprefix('text_model.')}": v for k, v in clip.text_model.state_dict().items()}
+    assert max(float((text[k].float() - v.float()).abs().max()) for k, v in erased.items()) < 1e-2
+    source = mini.clip()[0].vision_model.state_dict()
+    assert any(not torch.equal(v, source[k]) for k, v in clip.vision_model.state_dict().items())
+    with pytest.raises(ConfigError, match="image tower as well"):
+        erase_concept("car", method="nullspace", start=tmp_path / "both", verify=False)

@@ -29,4 +29,4 @@ ERASERS: dict[str, tuple[type[Any], type[Any]]] = {
     RetainFinetune.name: (RetainFinetune, Schedule),
 }
 
-__all__ = ["ERASERS", "CLIPErase", "CLIPEraseConfig", "Eraser", "Erasure", "Nullspace", "NullspaceConfig"]
+__all__ = ["ERASERS", "CLIPErase", "CLIPEraseConfig", "Eraser", "Erasure", "Nullspace", "NullspaceConfig", "TokenSwap"]

@@ -1,8 +1,8 @@
-"""CLIPErase (arXiv 2410.23330): forgetting, retention and consistency, on the text tower alone.
+"""CLIPErase (arXiv 2410.23330): forgetting, retention and consistency, on the text tower alone or on both.
 
 The paper's three modules see a text only through its pooled end-of-text vector. A Stable Diffusion pipeline
 reads every position, and the empty prompt too. Two sequence terms hold and move those: with their weights at
-zero this is the paper's form. The image tower is frozen, so its features are computed once, by the caller.
+zero this is the paper's form. A frozen image tower's features are computed once, by the caller.
 """
 
 from __future__ import annotations

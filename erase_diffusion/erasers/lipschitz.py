@@ -56,8 +56,8 @@ class LipschitzConfig:
             raise ConfigError(
                 f"samples, iterations, epochs, batch_size, noises and tensors must be at least 1, got {counts}"
             )
-        if not self.sigmas or min(self.sigmas) <= 0:
-            raise ConfigError(f"sigmas must be over 0, got {self.sigmas}")
+        if not self.sigmas or min(self.sigmas) <= 0 or self.learning_rate <= 0:
+            raise ConfigError(f"sigmas and learning_rate must be over 0, got {self.sigmas} and {self.learning_rate}")
 
 
 def lipschitz_loss(text: Tensor, sample: Tensor, noisy: Tensor, noise: Tensor) -> Tensor:
@@ -124,7 +124,7 @@ class Lipschitz:
 
         def accuracy() -> float:
             with torch.no_grad():
-                known = torch.cat([_text(work, sets.forget_classes), _text(encoder, sets.retain_classes)])
+                known = torch.cat([_text(work, sets.forget_classes), _text(work, sets.retain_classes)])
                 answers = (F.normalize(tower.features(samples), dim=-1) @ F.normalize(known, dim=-1).T).argmax(1)
             return float((answers.cpu() == labels).float().mean())
 

@@ -28,7 +28,7 @@ from erase_diffusion.text_encoder import TextEncoder
 
 @dataclass(frozen=True)
 class MultimodalNullspaceConfig:
-    """strength: the α of `I − α V Vᵀ`.
+    """strength: at the projections the α of `I − α V Vᵀ`, in the blocks the share of the edit that is kept.
 
     site: "hidden" edits the blocks, "projection" both of CLIP's projections.
     prototypes: visual prototypes of each class.  held: share of the retained embeddings' energy whose span is left

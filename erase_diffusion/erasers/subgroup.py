@@ -57,6 +57,8 @@ class SubgroupConfig(Schedule):
             raise ConfigError(
                 f"matrices, rank and blends must be at least 1, got {self.matrices}, {self.rank} and {self.blends}"
             )
+        if not 0 <= self.ema < 1:
+            raise ConfigError(f"ema must lie in [0, 1), got {self.ema}")
 
 
 class LowRank(nn.Module):

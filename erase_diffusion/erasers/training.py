@@ -39,8 +39,11 @@ class Schedule:
 
     def __post_init__(self) -> None:
         check_strength(self.strength)
-        if self.steps < 1:
-            raise ConfigError(f"steps must be at least 1, got {self.steps}")
+        for name in ("steps", "batch_size", "evaluate_every", "patience"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.learning_rate <= 0:
+            raise ConfigError(f"learning_rate must be over 0, got {self.learning_rate}")
 
 
 class Batches:

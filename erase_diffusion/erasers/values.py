@@ -103,7 +103,7 @@ def null_space(gram: Tensor, share: float) -> Tensor:
 
 
 def _gram(keys: Sequence[Tensor]) -> Tensor:
-    """Mean outer product (m, m) of keys, each (n, T, m); in float64 where that is quick, since it is squared."""
+    """Mean outer product (m, m) of keys, each (n, T, m); given in float64 where what follows is quick in it."""
     m = keys[0].shape[-1]
     total = torch.zeros((m, m), device=keys[0].device)
     for part in keys:

@@ -166,7 +166,7 @@ class Started:
             figures: dict[str, Any] = {"anchor": writer.concept.anchor}
             if look is not None:
                 figures |= _picture_figures(prompts, original.look, look)
-            if self.bench.tasks is not None:
+            if self.bench.tasks is not None and writer.concept.within is None:
                 figures["clip"] = self.bench.tasks.measure(encoder, writer, self.job.encoder)
             concepts[writer.name] = figures
         return {"concepts": concepts}

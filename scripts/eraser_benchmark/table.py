@@ -173,7 +173,10 @@ def bars(figures: Mapping[str, Any]) -> str:
     """Each bar beside its figure: medians over the concepts, pooled where concepts go together."""
 
     def medians(row: str, column: Callable[[Cell], Rate | None]) -> tuple[float | None, str]:
-        values = [r.value for r in map(column, cells_of(figures, "one", row)) if r is not None]
+        # The bars are for six objects, two styles and the character; the word of two meanings has rows of its own.
+        two = column in (GONE["ambiguous"], KEPT["other meaning"])
+        cells = [c for c in cells_of(figures, "one", row) if two or "ambiguous" not in c.get("found", {})]
+        values = [r.value for r in map(column, cells) if r is not None]
         return (statistics.median(values), f"median of {len(values)}") if values else (None, "")
 
     def at_once(column: Callable[[Cell], Rate | None]) -> tuple[float | None, str]:
