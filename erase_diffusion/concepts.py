@@ -318,6 +318,7 @@ class PromptWriter:
             raise ConfigError("nothing is left to preserve; name at least one concept with --preserve")
         self.concept, self.vocabulary, self.preserve, self.seed = concept, vocabulary, dict(preserve), seed
         self.name = canonical(concept, vocabulary)
+        self.with_others = bool(erased_with)
         together = (concept, *erased_with)
         self._gone = {(c.kind, canonical(c, vocabulary)) for c in together if c.within is None}
         self._gone_within = {(c.within, c.kind, canonical(c, vocabulary)) for c in together if c.within is not None}
@@ -499,7 +500,8 @@ class PromptWriter:
 
     def training_sets(self, n_forget: int, n_retain: int, triggers: Sequence[str] = ()) -> PromptSets:
         """Forget pairs over all the concept's words (and mined `triggers`), retain prompts, and a held-out fifth."""
-        rng = random.Random(f"train {self.seed}")
+        # Each of several concepts writes retain prompts of its own.
+        rng = random.Random(f"train {self.seed}" + (f" {self.name}" if self.with_others else ""))
         assert self.concept.anchor is not None
         becomes = tuple((word, self.concept.anchor) for word in self.concept.words)
         # The bare words come first: the shortest prompts are the most common ones.

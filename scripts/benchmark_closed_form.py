@@ -22,7 +22,7 @@ import click
 BARS = {"seconds": 60.0, "peak_mib": 2048.0}  # for 100 concepts on two cores
 
 
-def measure(count: int, method: str) -> dict[str, Any]:
+def measure(count: int, method: str, layers: int) -> dict[str, Any]:
     """Erase `count` concepts at once; figures of this process."""
     import torch
     from eraser_benchmark.measure import Memory
@@ -41,7 +41,7 @@ def measure(count: int, method: str) -> dict[str, Any]:
     config = CLIPTextConfig(
         hidden_size=768,
         intermediate_size=3072,
-        num_hidden_layers=12,
+        num_hidden_layers=layers,
         num_attention_heads=12,
         max_position_embeddings=77,
         vocab_size=49408,
@@ -52,7 +52,8 @@ def measure(count: int, method: str) -> dict[str, Any]:
     names = list(vocabulary.objects)[:-3]
     phrases = [f"{colour} {name}" for name in names for colour in vocabulary.attributes][:count]
     keep = {name: vocabulary.objects[name] for name in list(vocabulary.objects)[-3:]}
-    writers = [PromptWriter(Concept(p, anchor=next(iter(keep))), vocabulary, keep) for p in phrases]
+    concepts = [Concept(p, anchor=next(iter(keep))) for p in phrases]
+    writers = [PromptWriter(c, vocabulary, keep, 0, [o for o in concepts if o is not c]) for c in concepts]
     memory, started = Memory(), time.perf_counter()
     with memory.watch():
         parts = [w.training_sets(*share(count)) for w in writers]
@@ -73,14 +74,15 @@ def measure(count: int, method: str) -> dict[str, Any]:
 @click.command(help=__doc__)
 @click.option("--count", "counts", multiple=True, type=int, default=(1, 10, 100), show_default=True)
 @click.option("--method", default="nullspace", show_default=True)
+@click.option("--layers", default=12, show_default=True, help="Of the encoder; CLIP-L has twelve.")
 @click.option("--threads", default=2, show_default=True)
 @click.option("--one", type=int, hidden=True, help="Measure in this process.")
-def main(counts: tuple[int, ...], method: str, threads: int, one: int | None) -> None:
+def main(counts: tuple[int, ...], method: str, layers: int, threads: int, one: int | None) -> None:
     if one is not None:
         import torch
 
         torch.set_num_threads(threads)
-        click.echo(json.dumps(measure(one, method)))
+        click.echo(json.dumps(measure(one, method, layers)))
         return
     click.echo(
         "| concepts at once | forget prompts | retain prompts | seconds | peak MiB over the weights |\n"
@@ -89,6 +91,7 @@ def main(counts: tuple[int, ...], method: str, threads: int, one: int | None) ->
     )
     for count in counts:
         command = [sys.executable, __file__, "--one", str(count), "--method", method, "--threads", str(threads)]
+        command += ["--layers", str(layers)]
         env = os.environ | {"OMP_NUM_THREADS": str(threads)}
         done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)  # noqa: S603
         f = json.loads(done.stdout.strip().splitlines()[-1])

@@ -91,7 +91,7 @@ def test_the_table_gives_every_rate_its_interval(monkeypatch: pytest.MonkeyPatch
 
 def test_the_growth_of_the_closed_form_is_measured() -> None:
     script = ROOT / "scripts" / "benchmark_closed_form.py"
-    run = benchmark("--count", "1", cwd=ROOT, script=script)
+    run = benchmark("--count", "1", "--layers", "1", cwd=ROOT, script=script)
     assert run.code == 0, run.err[-2000:]
     seconds = float(run.out.strip().splitlines()[2].split("|")[4])
     assert seconds > 0

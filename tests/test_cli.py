@@ -45,13 +45,7 @@ def last_line(text: str) -> str:
             ["--concept", "dog", "--within", "cat", "--kind", "object"],
             "only an attribute or a style can be erased within",
         ),
-        (["--concept", "oil", "--within", "cat", "--kind", "style"], "'oil' is no style that the model's vocabulary"),
-        (["--concept", "crayon", "--within", "moss"], "'moss' must stay"),
         (["--concept", "cat", "--set", "towers"], "--set takes NAME=VALUE, got 'towers'"),
-        (["--concept", "cat", "--set", "towers=three"], "towers must be text or both, got 'three'"),
-        (["--concept", "cat", "--set", "learning_rate=fast"], "learning_rate must be a number, got 'fast'"),
-        (["--concept", "cat", "--set", "steps=1.5"], "steps must be a whole number, got 1.5"),
-        (["--concept", "cat", "--method", "nullspace", "--set", "site=projection"], "no picture would change"),
         (["--concept", "cat", "--method", "lipschitz", "--forget-images", "x"], "lipschitz uses no images"),
     ],
 )

@@ -163,6 +163,16 @@ def test_unknown_methods_and_settings_are_refused_by_name(mini: Model) -> None:
         method_config("nullspace", steps=10)
     with pytest.raises(ConfigError, match=r"got 1\.5"):
         method_config("nullspace", strength=1.5)
+    for name, value, message in (
+        ("towers", "three", "towers must be text or both, got 'three'"),
+        ("learning_rate", "fast", "learning_rate must be a number, got 'fast'"),
+        ("steps", 1.5, r"steps must be a whole number, got 1\.5"),
+        ("patience", 0, "patience must be at least 1, got 0"),
+        ("forgetting_form", 3, "forgetting_form must be a word, got 3"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            method_config("cliperase", **{name: value})
+    assert method_config("lipschitz", sigmas=[0.5, 1]).sigmas == (0.5, 1)
 
 
 def test_the_vocabulary_is_searched_for_words_that_ask_without_naming(

@@ -9,7 +9,7 @@ import torch
 
 from erase_diffusion.erasers.base import align
 from erase_diffusion.erasers.nullspace import NullspaceConfig, project_to_mean
-from erase_diffusion.erasers.values import null_space, solve_values
+from erase_diffusion.erasers.values import occupied, solve_values
 from erase_diffusion.errors import ConfigError
 
 generator = torch.Generator().manual_seed(0)
@@ -50,14 +50,23 @@ def test_more_retention_moves_the_kept_keys_less() -> None:
     assert moved[-1] < 0.1 * moved[0]
 
 
-def test_null_space_is_a_basis_of_what_the_kept_directions_leave() -> None:
+def test_the_occupied_directions_are_those_of_the_kept_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     kept = random(20, 4) @ random(4, 16)
-    basis = null_space(kept.T @ kept / 20, 1e-9)
-    assert torch.allclose(basis.T @ basis, torch.eye(12, dtype=basis.dtype), atol=1e-8)
-    projector = basis @ basis.T
-    assert (kept @ projector).norm() < 1e-5 * kept.norm()
-    # Control: it is not simply zero.
-    assert (random(5, 16) @ projector).norm() > 1
+    gram = kept.T @ kept / 20
+    basis = occupied(gram, 1e-9)
+    assert basis.shape == (16, 4)
+    assert torch.allclose(basis.T @ basis, torch.eye(4, dtype=basis.dtype), atol=1e-8)
+    assert (kept - kept @ basis @ basis.T).norm() < 1e-5 * kept.norm()
+    # Control: what is free is not nothing.
+    other = random(5, 16)
+    assert (other - other @ basis @ basis.T).norm() > 1
+    # A wide matrix's are found by iteration, and are the same.
+    wide = random(400, 6) @ random(6, 300)
+    gram = wide.T @ wide / 400
+    exact = occupied(gram, 0.05)
+    monkeypatch.setattr("erase_diffusion.erasers.values.LARGE", 100)
+    quick = occupied(gram, 0.05)
+    assert torch.allclose(exact @ exact.T, quick @ quick.T, atol=1e-8)
 
 
 @pytest.mark.parametrize("given", [{"strength": 2.0}, {"ridge": 0.0}, {"retain": -1.0}, {"null": 0.0}, {"site": "x"}])

@@ -16,8 +16,9 @@ from erase_diffusion.erasers.base import Progress, align_all, anchored_states
 from erase_diffusion.text_encoder import TextEncoder
 
 # Padding positions that are looked at behind a prompt, prompts in a chunk, and the width of keys from which float32
-# does: an eigendecomposition costs their cube.
+# does, and all eigenvectors are no longer computed: both cost their cube.
 PADS, CHUNK, LARGE = 8, 64, 1024
+MOST = 640
 
 
 @torch.no_grad()
@@ -36,8 +37,12 @@ def edit_values(
 
     work: the copy of `encoder` that is edited in place.  keep: the retain prompts.
     retain λ, ridge μ: as in `solve_values`.  null: share of the retain keys' energy that counts as empty, see
-    `null_space`; 1 turns the confinement off.
+    `occupied`; 1 turns the confinement off.
+    Of more than `MOST` pairs or retain prompts (half of that in a wide encoder) every other, third and so on is taken.
     """
+    wide = int(encoder.model.config.intermediate_size) > LARGE
+    most = MOST // 2 if wide else MOST
+    pairs, keep = pairs[:: -(-len(pairs) // most)], keep[:: -(-len(keep) // most)]
     forget_ids, anchor_ids = encoder.tokenize([p for p, _ in pairs]), encoder.tokenize([a for _, a in pairs])
     where = align_all(forget_ids, anchor_ids, encoder.end_of_text(forget_ids))
     # Before the first different word causal attention leaves both prompts alike: nothing to move there.
@@ -77,29 +82,47 @@ def solve_values(
     """The update ΔW that changes values at `keys` by `change` and as little as can be at the retain keys.
 
     argmin ‖K ΔWᵀ − D‖²/n + λ ΔW R ΔWᵀ + μ‖ΔW‖², so ΔWᵀ = (KᵀK/n + λR + μI)⁻¹ KᵀD/n. With null < 1 the update is
-    confined to the span of U, the directions that are all but empty in R, see `null_space`: in their coordinates the
-    same, ΔWᵀ = U (UᵀKᵀKU/n + λUᵀRU + μI)⁻¹ UᵀKᵀD/n.
+    confined to the directions that are all but empty in R: with the projector P on them, which takes out what
+    `occupied` gives, ΔWᵀ = P (PKᵀKP/n + λR + μI)⁻¹ PKᵀD/n.
     keys K: (n, m), change D: (n, d), retain_gram R: (m, m) the mean outer product of retain keys.
     Returns ΔW (d, m), in retain_gram's dtype.
     """
     n, m = keys.shape
     gram, cross = ((keys.T @ x / n).to(retain_gram.dtype) for x in (keys, change))
-    free = None
-    if null < 1:
-        free = null_space(retain_gram, null)
-        gram, cross, retain_gram = free.T @ gram @ free, free.T @ cross, free.T @ retain_gram @ free
-    small = ridge * (gram.diagonal().sum() / m).clamp_min(1e-12)
-    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    update: Tensor = torch.linalg.solve(gram + retain * retain_gram + small * eye, cross)
-    return update.T if free is None else (free @ update).T
+    held = occupied(retain_gram, null) if null < 1 else gram[:, :0]
+
+    def free(x: Tensor) -> Tensor:
+        return x - held @ (held.T @ x)
+
+    gram, cross = free(free(gram).T), free(cross)
+    eye = torch.eye(m, dtype=gram.dtype, device=gram.device)
+    system = gram + retain * retain_gram + ridge * gram.diagonal().mean().clamp_min(1e-12) * eye
+    return free(torch.linalg.solve(system, cross)).T
 
 
-def null_space(gram: Tensor, share: float) -> Tensor:
-    """Orthonormal basis U (m, r) of a Gram matrix's small eigenspace: the directions that hold `share` of its trace."""
+def occupied(gram: Tensor, share: float) -> Tensor:
+    """Orthonormal basis (m, k) of a Gram matrix's large eigenspace: all but the directions that hold `share` of its
+    trace, its null space in the sense of AlphaEdit. Of a wide matrix by subspace iteration: few directions hold most.
+    """
+    m, wanted = len(gram), (1 - share) * gram.diagonal().sum()
+    width = 64
+    while m > LARGE and width < m // 4:
+        basis = torch.randn((m, width), generator=torch.Generator().manual_seed(0)).to(gram)
+        for _ in range(6):
+            basis, _ = torch.linalg.qr(gram @ basis)
+        values, turn = torch.linalg.eigh(basis.T @ gram @ basis)
+        if values.sum() >= wanted:
+            return _largest(values, basis @ turn, wanted)
+        width *= 2
     values, vectors = torch.linalg.eigh(gram)
-    small = values.clamp_min(0).cumsum(0) <= share * values.clamp_min(0).sum()
-    basis: Tensor = vectors[:, small]
-    return basis
+    return _largest(values, vectors, wanted)
+
+
+def _largest(values: Tensor, vectors: Tensor, wanted: Tensor) -> Tensor:
+    """The vectors (m, k) of the largest values, as few as sum up to `wanted`; values (r,) in rising order."""
+    values, vectors = values.clamp_min(0).flip(0), vectors.flip(1)
+    few: Tensor = vectors[:, : int((values.cumsum(0) < wanted).sum()) + 1]
+    return few
 
 
 def _gram(keys: Sequence[Tensor]) -> Tensor:

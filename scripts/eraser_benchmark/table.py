@@ -296,7 +296,6 @@ def plot(figures: Mapping[str, Any], path: Path) -> None:
     axes.set_ylim(-3, 103)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="lower left")
-    names = ", ".join(figures["one"])
-    axes.set_title(f"{figures['asked']['model']}: forgetting against retention ({names})", fontsize=10)
+    axes.set_title(f"{figures['asked']['model']}, {len(figures['one'])} concepts each erased alone")
     figure.savefig(path, dpi=110)
     plt.close(figure)
