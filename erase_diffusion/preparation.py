@@ -26,6 +26,7 @@ from erase_diffusion.concepts import (
     preserved,
     resolve_concept,
 )
+from erase_diffusion.erasers.base import check_rank
 from erase_diffusion.errors import ConfigError, DataError
 from erase_diffusion.generation import draw, noise_seeds
 from erase_diffusion.imagefolder import ImageFolder, read_image_folder
@@ -229,11 +230,7 @@ def prepare(
     clip = model.clip() if needs_clip or Path(model.spec.clip).is_dir() else None
     original = model.paired_text_encoder(clip[0]) if clip else model.text_encoder()
     encoder = original if start is None else dataclasses.replace(original, model=start.to(model.device))
-    width = int(encoder.model.config.hidden_size)
-    if len(together) >= width:
-        raise ConfigError(
-            f"{len(together)} concepts are more than a text encoder of width {width} can tell apart; erase fewer"
-        )
+    check_rank("an erasure", len(together), encoder)
     erased = {normalise(w) for c in together if c.within is None for w in c.words}
     writers: list[PromptWriter] = []
     for one, keep in zip(together, keeps, strict=True):

@@ -83,6 +83,15 @@ class TextEncoder:
             raise ModelError("this text encoder came without its CLIP, so it has no text projection")
         return pooled @ self.projection.T
 
+    def embed(self, ids: Tensor) -> Tensor:
+        """CLIP's joint space, not normalised: token ids (n, T) → (n, d_proj), with gradient."""
+        return self.project(self.pooled(self.hidden(ids), ids))
+
+    def features(self, prompts: Sequence[str]) -> Tensor:
+        """`embed` of prompts, without gradient, in batches."""
+        with torch.no_grad():
+            return self.project(self.pooled(self.encode(prompts), self.tokenize(prompts)))
+
     def copy(self) -> TextEncoder:
         """An independent copy that can be edited; the original is never touched. The image tower is shared."""
         return replace(self, model=copy.deepcopy(self.model))

@@ -25,13 +25,12 @@ def check_strength(strength: float) -> None:
         raise ConfigError(f"strength must lie in [0, 1], got {strength}")
 
 
-def check_rank(name: str, sets: PromptSets, encoder: TextEncoder) -> None:
+def check_rank(name: str, count: int, encoder: TextEncoder) -> None:
     """Raise ConfigError for more concepts than an encoder has dimensions to tell apart."""
     width = int(encoder.model.config.hidden_size)
-    if len(sets.forget_classes) >= width:
+    if count >= width:
         raise ConfigError(
-            f"{name} can remove fewer concepts at once than the text encoder is wide ({width}), "
-            f"got {len(sets.forget_classes)}"
+            f"{name} can remove fewer concepts at once than the text encoder is wide ({width}), got {count}"
         )
 
 

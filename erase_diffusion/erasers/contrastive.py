@@ -51,7 +51,7 @@ class _Contrastive:
             kept, other = pick(batch.retain_images, retain, rng)
             assert image is not None and other is not None  # the caller draws for both sides
             ids = torch.cat([batch.forget_ids[forget][chosen], batch.retain_ids[retain][kept]])
-            text = work.project(work.pooled(work.hidden(ids), ids))
+            text = work.embed(ids)
             loss = contrastive_loss(text, torch.cat([image, other]), work.logit_scale)
             terms = {}
             if self.forget:

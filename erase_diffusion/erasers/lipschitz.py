@@ -172,8 +172,7 @@ class Lipschitz:
 
 def _text(encoder: TextEncoder, classes: tuple[str, ...] | list[str]) -> Tensor:
     """Unnormalised text embeddings (n, d_proj), with gradient."""
-    ids = encoder.tokenize(classes)
-    return encoder.project(encoder.pooled(encoder.hidden(ids), ids))
+    return encoder.embed(encoder.tokenize(classes))
 
 
 def _adam(trained: list[nn.Parameter], config: LipschitzConfig) -> torch.optim.Optimizer:

@@ -128,7 +128,7 @@ class MultimodalNullspace:
         Raises ConfigError when what must stay leaves no room, or for more concepts than there are dimensions.
         """
         config = self.config
-        check_rank(self.name, sets, encoder)
+        check_rank(self.name, len(sets.forget_classes), encoder)
         if config.site == "projection":
             return self._project(encoder, sets, seed)
         work = encoder.copy()
@@ -150,10 +150,8 @@ class MultimodalNullspace:
         if not sets.forget_classes or not sets.retain_classes:
             raise ConfigError(f"{self.name} needs the classes to forget and those that stay; the prompt sets name none")
 
-        @torch.no_grad()
         def embed(prompts: tuple[str, ...]) -> Tensor:
-            ids = encoder.tokenize(prompts)
-            return F.normalize(encoder.project(encoder.pooled(encoder.encode(prompts), ids)), dim=-1)
+            return F.normalize(encoder.features(prompts), dim=-1)
 
         classes = embed((*sets.forget_classes, *sets.retain_classes))
         scale = max(encoder.logit_scale, 20.0)

@@ -92,7 +92,7 @@ class Nullspace:
     ) -> Erasure:
         """Erase from a copy of `encoder`; deterministic, `images` and `seed` are not used."""
         config = self.config
-        check_rank(self.name, sets, encoder)
+        check_rank(self.name, len(sets.forget_classes), encoder)
         work = encoder.copy()
         if config.site == "projection":
             return self._project(work, sets)
@@ -115,8 +115,7 @@ class Nullspace:
         assert config.retain is not None
 
         def embed(prompts: tuple[str, ...]) -> Tensor:
-            ids = work.tokenize(prompts)
-            return F.normalize(work.project(work.pooled(work.encode(prompts), ids)), dim=-1)
+            return F.normalize(work.features(prompts), dim=-1)
 
         retain = embed(tuple(p for p in (*sets.retain, *sets.retain_held_out) if p))
         forget = embed(sets.plain or tuple(p for p, _ in sets.forget))

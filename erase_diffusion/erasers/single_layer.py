@@ -121,7 +121,7 @@ def _losses(work: TextEncoder, batch: Batches, rng: random.Random) -> tuple[Tens
     for ids, pictures in ((batch.forget_ids, batch.forget_images), (batch.retain_ids, batch.retain_images)):
         chosen, image = pick(pictures, list(range(len(ids))), rng)
         assert image is not None  # the caller draws for both sides
-        text = work.project(work.pooled(work.hidden(ids[chosen]), ids[chosen]))
+        text = work.embed(ids[chosen])
         forgetting = pictures is batch.forget_images
         means.append(forgetting_loss(text, image) if forgetting else retention_loss(text, image, work.logit_scale))
     return means[0], means[1]

@@ -195,7 +195,7 @@ def _important(encoder: TextEncoder, batch: Batches, count: int, seed: int) -> l
     ):
         chosen, image = pick(pictures, list(range(len(ids))), rng)
         assert image is not None  # the caller draws for both sides
-        text = encoder.project(encoder.pooled(encoder.hidden(ids[chosen]), ids[chosen]))
+        text = encoder.embed(ids[chosen])
         loss = retention_loss(text, image, encoder.logit_scale) if retain else forgetting_loss(text, image)
         gradients.append([float(g.abs().mean()) for g in torch.autograd.grad(loss, weights)])
     encoder.model.requires_grad_(False)

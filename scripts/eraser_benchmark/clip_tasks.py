@@ -139,5 +139,4 @@ class ClipTasks:
 
 
 def _embed(encoder: TextEncoder, texts: list[str]) -> Tensor:
-    ids = encoder.tokenize(texts)
-    return F.normalize(encoder.project(encoder.pooled(encoder.encode(texts), ids)), dim=-1)
+    return F.normalize(encoder.features(texts), dim=-1)
