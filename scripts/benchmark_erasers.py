@@ -20,7 +20,7 @@ from typing import Any
 
 import click
 import torch
-from eraser_benchmark.rows import ROWS
+from eraser_benchmark.rows import CELL_ROWS, ROWS
 from eraser_benchmark.table import plot, report
 
 from erase_diffusion.concepts import Concept
@@ -32,6 +32,8 @@ CONCEPTS = (
     *("red:attribute:cat", "crayon:style:cat"),
 )
 TOGETHER = ("cat", "car", "flower", "house", "dog", "boat", "umbrella", "apple")
+CELLS = ("cat", "crayon:style", "crayon:style:cat")  # a class, a domain, a class in one domain
+SECTIONS = ("one", "within", "together", "cells")
 COUNTS = (1, 2, 4, 8)
 QUICK_ROWS = ("cliperase", "nullspace", "token-swap", "gradient-difference")
 
@@ -91,24 +93,27 @@ def main(
         )
     asked = {"model": model, "images": images, "seed": seed}
     figures: dict[str, Any] = json.loads(output.read_text()) if output and output.exists() else {}
-    figures = {"asked": asked, "one": {}, "within": {}, "together": {}} | figures
+    figures = {"asked": asked, **{section: {} for section in SECTIONS}} | figures
     if figures["asked"] != asked:
         raise click.UsageError(f"{output} holds figures of {figures['asked']}, not of {asked}; choose another --output")
     for path in merge:
         other = json.loads(path.read_text())
         if other["asked"] != asked:
             raise click.UsageError(f"{path} holds figures of {other['asked']}, not of {asked}")
-        for section in ("one", "within", "together"):
+        for section in SECTIONS:
             for name, cells in other.get(section, {}).items():
                 figures[section].setdefault(name, {}).update(cells)
     chosen = rows or tuple(ROWS)
     tasks = [("within" if concept(text).within else "one", text, [concept(text)]) for text in concepts]
+    tasks += [("cells", text, [concept(text)]) for text in concepts if text in CELLS and model == "mini" and not quick]
     tasks += [("together", str(n), [Concept(c) for c in TOGETHER[:n]]) for n in counts if n > 0]
     bench = None
     for section, name, erased in tasks:
         done: dict[str, Any] = figures[section].setdefault(name, {})
         left = [r for r in chosen if r not in done]
-        if section != "one":
+        if section == "cells":
+            left = [r for r in left if r in CELL_ROWS]
+        elif section != "one":
             # Variants of a method are told apart on single concepts; a swapped word knows no “within”.
             left = [r for r in left if ROWS[r].pictures and not ROWS[r].settings]
             left = [r for r in left if section == "together" or ROWS[r].method != "token-swap"]
@@ -121,10 +126,13 @@ def main(
 
             bench = Bench(Model(model), images, seed)
         started = time.perf_counter()
-        work = bench.start(erased, leaks=section != "together")
-        done["original"] = work.original()
+        work = bench.start(erased, asked=section != "cells", leaks=section != "together")
+        if section != "cells":
+            done["original"] = work.original()
+        elif "original" not in done:
+            done["original"] = work.measure_cells(None)
         for row in left:
-            done[row] = work.measure(ROWS[row])
+            done[row] = work.measure_cells(ROWS[row]) if section == "cells" else work.measure(ROWS[row])
             click.echo(f"{section} {name}, {row}: {time.perf_counter() - started:.0f} s", err=True)
             if output:
                 save(figures, output)

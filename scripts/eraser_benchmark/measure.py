@@ -21,6 +21,7 @@ from erase_diffusion.models import Model
 from erase_diffusion.preparation import Preparation, nearest, prepare
 from erase_diffusion.text_encoder import TextEncoder
 from erase_diffusion.verification import Look, Verifier, found_table, keep_table, make_checker
+from eraser_benchmark.cells import Cells
 from eraser_benchmark.clip_tasks import ClipTasks, training_pairs
 from eraser_benchmark.rows import Row
 
@@ -74,16 +75,23 @@ class Bench:
     def __post_init__(self) -> None:
         self.pipe, self.checker = self.model.painter(), make_checker(self.model)
         self.tasks = ClipTasks(self.model.clip()[2]) if self.model.spec.name == "mini" else None
+        self._cells: Cells | None = None
 
-    def start(self, concepts: Sequence[Concept], *, leaks: bool) -> Started:
-        """Prepare, draw for the erasers, calibrate, and look at the original's pictures."""
+    @property
+    def cells(self) -> Cells:
+        """The table of (class, domain), drawn when it is first asked for."""
+        self._cells = self._cells or Cells(self.model, self.pipe, self.checker)
+        return self._cells
+
+    def start(self, concepts: Sequence[Concept], *, asked: bool = True, leaks: bool = False) -> Started:
+        """Prepare and draw for the erasers; if `asked`, calibrate, and look at the original's pictures."""
         job = prepare(concepts, self.model, seed=self.seed)
         sets, _ = job.prompt_sets()
         pictured, pixels = job.pictures(sets, self.pipe, lambda *_: None)
         verifier = Verifier(self.model, job.encoder, self.pipe, self.checker)
         per_group = max(6, self.images // len(concepts))
         originals = []
-        for writer in job.writers:
+        for writer in job.writers if asked else ():
             prompts = writer.verification_prompts(per_group)
             if leaks:
                 prompts += writer.leak_prompts(per_group, _neighbours(writer, job.encoder))
@@ -158,6 +166,11 @@ class Started:
             "stopped": erasure.stopped,
             **figures,
         }
+
+    def measure_cells(self, row: Row | None) -> dict[str, Any]:
+        """The (class, domain) cells after an erasure, or (None) before."""
+        encoder = self.job.encoder if row is None else self.erase(row)[0].encoder
+        return self.bench.cells.measure(encoder, pictures=row is None or row.pictures)
 
     def _figures(self, encoder: TextEncoder, looks: Sequence[Look | None]) -> dict[str, Any]:
         concepts: dict[str, Any] = {}

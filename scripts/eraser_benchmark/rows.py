@@ -47,3 +47,6 @@ ROWS: dict[str, Row] = {
     "gradient-ascent": Row("gradient-ascent"),
     "retain-finetune": Row("retain-finetune"),
 }
+
+# What the cells of (class, domain) are asked of: the method whose paradigms they are, and the default beside it.
+CELL_ROWS = ("cliperase", "multimodal-nullspace", "multimodal-nullspace, at the projections")

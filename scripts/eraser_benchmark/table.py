@@ -157,6 +157,8 @@ def report(figures: Mapping[str, Any]) -> str:
         parts += ["## A look on one thing alone\n", within(figures)]
     if figures["together"]:
         parts += ["## Several concepts at once\n", growth(figures)]
+    if figures.get("cells"):
+        parts += ["## Class by domain\n", cells_tables(figures)]
     names = list(one)
     lines = []
     for row in rows_of(figures, "one"):
@@ -254,6 +256,40 @@ def within(figures: Mapping[str, Any]) -> str:
                 look, _, thing = name.split(":")
                 lines.append([row, f"{look}, on {thing}", *(pooled(cells, c) for c in columns.values())])
     return markdown(["row", "erased", *columns], lines)
+
+
+def cells_tables(figures: Mapping[str, Any]) -> str:
+    """For each erasure its cells pooled into those that must go and those that must stay; then the cells themselves."""
+    parts = [
+        "What is erased is a row, a column or one cell of class and domain; *must go* and *must stay* pool the cells. "
+        "Zero-shot: the CLIP's own accuracy among all cells on held-out drawings. Pictures: held-out prompts for the "
+        "cell whose picture shows that class and that domain.\n"
+    ]
+    for task, done in figures["cells"].items():
+        look, kind, thing = [*task.split(":"), "", ""][:3]
+        told = f"{look}, on {thing} alone" if thing else look
+        columns = [(q, r) for q in ("zero-shot", "pictures") for r in ("original", *ROWS) if q in done.get(r, {})]
+        names = list(done["original"]["zero-shot"])
+        gone = {c for c in names if (thing or look) in c.split(", ") and (not kind or look in c.split(", "))}
+        lines = []
+        for question, row in columns:
+            cells = {c: _rate(rate) for c, rate in done[row][question].items()}
+            sides = [together([r for c, r in cells.items() if (c in gone) == wanted]) for wanted in (True, False)]
+            lines.append([question, row, *map(str, sides)])
+        grid = [
+            [f"**{c}**" if c in gone else c, *("{found}/{total}".format(**done[r][q][c]) for q, r in columns)]
+            for c in names
+        ]
+        parts += [
+            f"### Erased: {told}\n",
+            markdown(["question", "row", "must go", "must stay"], lines),
+            markdown(["cell", *(f"{q}: {r}" for q, r in columns)], grid),
+        ]
+    return "\n".join(parts)
+
+
+def _rate(cell: Mapping[str, Any]) -> Rate:
+    return Rate(cell["found"], cell["total"])
 
 
 def growth(figures: Mapping[str, Any]) -> str:
