@@ -23,7 +23,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from erase_diffusion.errors import ModelError, OutputError
+from erase_diffusion.concepts import Concept
+from erase_diffusion.errors import ConfigError, ModelError, OutputError
 from erase_diffusion.models import Model, check_weights, from_pretrained, read_json, source_hash
 from erase_diffusion.text_encoder import TextEncoder, weights_hash
 
@@ -186,6 +187,14 @@ def read_record(folder: Path) -> dict[str, Any]:
             f"{path} has schema version {record.get('schema_version')!r}, this program reads {SCHEMA_VERSION}"
         )
     return record
+
+
+def recorded_concept(row: Any, folder: str | Path | None) -> Concept:
+    """A concept as a record has it. Raises ModelError when it is none."""
+    try:
+        return Concept(row["name"], row["kind"], tuple(row["aliases"]), row["anchor"], row.get("within"))
+    except (KeyError, TypeError, AttributeError, ConfigError) as error:
+        raise ModelError(f"{folder}: its record names a concept that is none: {error}") from None
 
 
 def check_source(folder: Path, record: Mapping[str, Any], base: Model) -> TextEncoder:

@@ -664,6 +664,19 @@ class PromptWriter:
             prompts.append(self._held_out(rng, group, said, (thing,), coloured, place, style))
         return prompts
 
+    def style_prompts(self, per_group: int) -> list[Prompt]:
+        """Held-out prompts of what must stay in each style that must stay, group "styles"."""
+        rng = random.Random(f"styles {self.seed}")
+        v = self.vocabulary
+        styles = [s for s in v.styles if s != v.neutral_style and ("style", s) not in self._gone]
+        cells = [(n, s) for s in styles for n in self.preserve if not self._forgotten(n, style=s)]
+        prompts = []
+        for _ in range(per_group if cells else 0):
+            thing, style = rng.choice(cells)
+            said = article(rng.choice(self.preserve[thing]))
+            prompts.append(self._held_out(rng, "styles", said, (thing,), None, None, style))
+        return prompts
+
     def _held_out(
         self,
         rng: random.Random,

@@ -17,7 +17,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from erase_diffusion.artifact import SCHEMA_VERSION, load_erased_text_encoder, read_record, save_drop_in
+from erase_diffusion.artifact import (
+    SCHEMA_VERSION,
+    load_erased_text_encoder,
+    read_record,
+    recorded_concept,
+    save_drop_in,
+)
 from erase_diffusion.concepts import Concept, Kind, PromptSets, default_kind
 from erase_diffusion.erasers import ERASERS, Eraser, Erasure, TokenSwap
 from erase_diffusion.errors import ConfigError, ModelError
@@ -181,7 +187,7 @@ def erase_concept(
         own=own,
         seed=seed,
         start=tower,
-        earlier=[_recorded_concept(c, start) for record in lineage for c in record["concepts"]],
+        earlier=[recorded_concept(c, start) for record in lineage for c in record["concepts"]],
     )
 
     verifier, calibrations = None, []
@@ -235,14 +241,6 @@ def _as_they_are_now(lineage: Sequence[Mapping[str, Any]], concepts: Sequence[Co
     """The lineage with each concept's anchor as it is after this erasure: what it became may have been erased since."""
     anchors = iter(concepts)
     return [{**r, "concepts": [{**c, "anchor": next(anchors).anchor} for c in r["concepts"]]} for r in lineage]
-
-
-def _recorded_concept(row: Any, folder: str | Path | None) -> Concept:
-    """A concept as a record has it. Raises ModelError when it is none."""
-    try:
-        return Concept(row["name"], row["kind"], tuple(row["aliases"]), row["anchor"], row.get("within"))
-    except (KeyError, TypeError, AttributeError, ConfigError) as error:
-        raise ModelError(f"{folder}: its record names a concept that is none: {error}") from None
 
 
 def _whole_clip(job: Preparation, erasure: Erasure) -> tuple[Any, ...]:

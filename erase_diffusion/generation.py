@@ -53,20 +53,37 @@ def draw(
     images = []
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
-        embeddings = torch.stack([states[p] for p in prompts[part]]).to(pipe.unet.dtype)
-        empty = states[""].to(pipe.unet.dtype).expand_as(embeddings)
-        output = pipe(
-            prompt_embeds=embeddings,
-            negative_prompt_embeds=empty,
-            latents=initial_noise(pipe, seeds[part]).to(pipe.device, pipe.unet.dtype),
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            output_type="np",
-            callback_on_step_end=_interrupt(stop_at) if stop_at is not None else None,
-        )
-        images.append((output.images * 255).round().astype(np.uint8))
+        embeddings = torch.stack([states[p] for p in prompts[part]])
+        images.append(paint(pipe, embeddings, states[""], seeds[part], steps=steps, guidance=guidance, stop_at=stop_at))
         progress(len(embeddings))
     return np.concatenate(images)
+
+
+@torch.no_grad()
+def paint(
+    pipe: StableDiffusionPipeline,
+    embeddings: Tensor,
+    empty: Tensor,
+    seeds: Sequence[int],
+    *,
+    steps: int,
+    guidance: float,
+    stop_at: int | None = None,
+) -> np.ndarray:
+    """One batch of images, uint8 (n, height, width, 3), from prompt embeddings (n, T, d), the empty prompt's (T, d)
+    and a seed each."""
+    embeddings = embeddings.to(pipe.device, pipe.unet.dtype)
+    output = pipe(
+        prompt_embeds=embeddings,
+        negative_prompt_embeds=empty.to(pipe.device, pipe.unet.dtype).expand_as(embeddings),
+        latents=initial_noise(pipe, seeds).to(pipe.device, pipe.unet.dtype),
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        output_type="np",
+        callback_on_step_end=_interrupt(stop_at) if stop_at is not None else None,
+    )
+    images: np.ndarray = (output.images * 255).round().astype(np.uint8)
+    return images
 
 
 def _interrupt(stop_at: int) -> Callable[..., dict[str, Any]]:

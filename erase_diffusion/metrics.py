@@ -207,3 +207,14 @@ def damaged(kept_rates: Mapping[str, Rate], limits: Limits) -> list[str]:
         if (name == MAIN_ROW and r.low < limits.min_kept)
         or (name != MAIN_ROW and r.total >= limits.fewest and r.low < limits.min_rest)
     ]
+
+
+def conclude_group(before: Rate, after: Rate, limits: Limits) -> str:
+    """What one group of prompts says by itself, with the limit for a group alone."""
+    if before.low < limits.present:
+        return "not judged"
+    if after.low > limits.present:
+        return "not removed"
+    if after.low > limits.max_group:
+        return "partly removed"
+    return "removed" if after.high <= limits.max_group else "inconclusive"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -107,6 +108,10 @@ class Model:
         """What `from_pretrained` takes: the hub id or folder; the embedded model's is inside this package."""
         return "erase_diffusion/mini/weights/pipeline" if self.name == "mini" else self.spec.source
 
+    def component_config(self, part: str) -> dict[str, Any]:
+        """The `config.json` of a component. Raises ModelError."""
+        return read_json(self.folder / part / "config.json")
+
     @property
     def vocabulary(self) -> Vocabulary:
         return self.spec.vocabulary
@@ -155,9 +160,14 @@ class Model:
         """The whole CLIP that the text encoder comes from."""
         return self._clip(self.spec.clip)
 
-    def judge(self) -> tuple[CLIPModel, CLIPTokenizer, CLIPImageProcessor]:
-        """The independent CLIP."""
-        return self._clip(self.spec.judge)
+    def judge(self, source: str | None = None) -> tuple[CLIPModel, CLIPTokenizer, CLIPImageProcessor]:
+        """The independent CLIP, or another one from a folder or hub id."""
+        return self._clip(source or self.spec.judge)
+
+    @property
+    def judge_name(self) -> str:
+        """What records call the independent CLIP."""
+        return "mini/judge" if self.spec.name == "mini" else self.spec.judge
 
     def _clip(self, source: str) -> tuple[CLIPModel, CLIPTokenizer, CLIPImageProcessor]:
         from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
@@ -166,6 +176,18 @@ class Model:
         check_weights(folder)
         model = from_pretrained(CLIPModel, folder, dtype=torch.float32).eval().to(self.device)
         return model, from_pretrained(CLIPTokenizer, folder), from_pretrained(CLIPImageProcessor, folder)
+
+    def picture_hash(self) -> str:
+        """SHA-256 over everything but the text encoder that decides a picture: UNet, VAE and scheduler, as files."""
+        digest = hashlib.sha256()
+        for part in ("unet", "vae", "scheduler"):
+            for path in sorted((self.folder / part).glob("*")):
+                if path.suffix in (".json", ".safetensors"):
+                    digest.update(f"{part}/{path.name}".encode())
+                    with path.open("rb") as file:
+                        while chunk := file.read(1 << 24):
+                            digest.update(chunk)
+        return digest.hexdigest()
 
     def painter(self) -> StableDiffusionPipeline:
         """UNet, VAE and scheduler as a stock pipeline without text encoder or safety checker: it takes embeddings."""

@@ -57,6 +57,11 @@ class TextEncoder:
         ids: Tensor = batch.input_ids
         return ids.to(self.device)
 
+    def cut(self, prompts: Sequence[str]) -> int:
+        """How many prompts are longer than the tower reads."""
+        lengths = map(len, self.tokenizer(list(prompts), truncation=False, verbose=False).input_ids)
+        return sum(n > self.model.config.max_position_embeddings for n in lengths)
+
     def hidden(self, ids: Tensor) -> Tensor:
         """What SD 1.x and 2.x read: the last hidden state after the final norm, (n, T) → (n, T, d)."""
         state: Tensor = self.model(input_ids=ids).last_hidden_state

@@ -203,7 +203,7 @@ class Verifier:
                 "guidance": self.model.spec.guidance,
                 "count": 2 * len(prompts),
                 "seed": writer.seed,
-                "judge": "mini/judge" if self.model.spec.name == "mini" else self.model.spec.judge,
+                "judge": self.model.judge_name,
                 "judge_sha256": weights_hash(dict(self.checker.model.state_dict())),
             },
             samples=tuple((prompts[i], before.images[i], after.images[i]) for i in shown),
@@ -284,6 +284,7 @@ KEPT_GROUPS: dict[str, tuple[str, tuple[str, ...]]] = {
     "neighbour attribute": ("nearest concepts", ("attribute",)),
     "neighbour style": ("nearest concepts", ("style",)),
     "other meaning": ("other meaning of the word", ("attribute",)),
+    "styles": ("other styles", ("others", "style")),
 }
 
 
@@ -335,7 +336,7 @@ def blobs(count: int, size: tuple[int, int], *, seed: int) -> np.ndarray:
     return np.asarray((smooth * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy())
 
 
-def make_checker(model: Model) -> CLIPChecker:
-    """The model's independent judge as a checker over its vocabulary."""
-    judge_model, tokenizer, processor = model.judge()
+def make_checker(model: Model, source: str | None = None) -> CLIPChecker:
+    """The model's independent judge, or another CLIP (folder or hub id), as a checker over the model's vocabulary."""
+    judge_model, tokenizer, processor = model.judge(source)
     return CLIPChecker(judge_model, tokenizer, processor, model.vocabulary)

@@ -1,23 +1,19 @@
-"""The command line: every command is one library call, every error one line. Results on stdout, progress on stderr."""
+"""`erase-concept`: remove concepts and prove it, one library call."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from erase_diffusion.errors import ConfigError, EraseDiffusionError
+from erase_diffusion.cli.terminal import SETTINGS, Command, check_device, progress_on_stderr, quiet_libraries
+from erase_diffusion.errors import ConfigError
 
 if TYPE_CHECKING:
     from erase_diffusion.erase import ErasedConcept
-    from erase_diffusion.preparation import Progress
 
 EXAMPLES = """\b
 Examples:
@@ -32,33 +28,7 @@ Exit codes: 0 removed and the rest preserved (with --no-verify: erased, and noth
 """
 
 
-class _Command(click.Command):
-    """Turns the library's errors into one line and an exit code."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except ConfigError as error:
-            raise click.UsageError(_one_line(error)) from None
-        except EraseDiffusionError as error:
-            raise click.ClickException(_one_line(error)) from None
-        except (KeyboardInterrupt, click.Abort):
-            click.echo("interrupted; nothing half-written was left", err=True)
-            ctx.exit(130)
-        except (MemoryError, RuntimeError) as error:
-            # torch.OutOfMemoryError, by name: torch is not imported before the usage is checked.
-            if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
-                raise
-            raise click.ClickException("out of memory; nothing was written") from None
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
-
-
-@click.command(
-    cls=_Command, epilog=EXAMPLES, context_settings={"max_content_width": 110, "help_option_names": ["-h", "--help"]}
-)
+@click.command(cls=Command, epilog=EXAMPLES, context_settings=SETTINGS)
 @click.option("--concept", "concepts", multiple=True, help="What to erase; may be repeated.")
 @click.option(
     "--concepts-file",
@@ -191,7 +161,7 @@ def erase_concept(
         raise ConfigError("nothing to erase: name it with --concept, or list it in a --concepts-file")
     names = [*concepts, *(c.name for c in listed)]
     folder = output or Path("erased-" + "-".join(_slug(c) for c in names)[:80])
-    with _quiet_libraries():
+    with quiet_libraries():
         import torch
 
         from erase_diffusion.artifact import check_output
@@ -199,8 +169,8 @@ def erase_concept(
         from erase_diffusion.erase import erase_concept as erase
 
         check_output(folder, overwrite=overwrite)
-        _check_device(options["device"])
-        with _progress(quiet) as progress:
+        check_device(options["device"])
+        with progress_on_stderr(quiet) as progress:
             result = erase(
                 [*concepts, *listed],
                 aliases=aliases,
@@ -220,43 +190,6 @@ def erase_concept(
     sys.exit(result.exit_code)
 
 
-@click.group(context_settings={"max_content_width": 110, "help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="erase-diffusion")
-def erase_diffusion() -> None:
-    """What to do with an erasure once it is made; erase-concept makes one."""
-
-
-@erase_diffusion.command(cls=_Command)
-@click.argument("folder", type=click.Path(path_type=Path))
-@click.option(
-    "--strength",
-    type=float,
-    default=0.0,
-    show_default=True,
-    help="0 gives the original back, bit for bit; a closed form can be given any other, up to 1, the whole way.",
-)
-@click.option("--model", help="Where the original lies, if not where the drop-in's record says.")
-@click.option("--output", required=True, type=click.Path(path_type=Path), help="The folder to write.")
-@click.option("--overwrite", is_flag=True, help="Replace an erasure that is there.")
-@click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
-def restore(folder: Path, strength: float, model: str | None, output: Path, overwrite: bool, as_json: bool) -> None:
-    """Take back the erasure in FOLDER, or change how strong it is, without doing its work again."""
-    with _quiet_libraries():
-        from erase_diffusion.artifact import check_output
-        from erase_diffusion.models import source_hash
-        from erase_diffusion.restore import restore as take_back
-
-        check_output(output, overwrite=overwrite)
-        restored = take_back(folder, strength=strength, model=model)
-        restored.save_pretrained(output, overwrite=overwrite)
-        digest = source_hash(restored.encoder)
-    if as_json:
-        click.echo(json.dumps({"output": str(output), "strength": strength, "sha256": digest}))
-    else:
-        what = "the original text encoder" if strength == 0 else f"the erasure at strength {strength}, not verified"
-        click.echo(f"{output}: {what} (sha256 {digest[:12]}…)")
-
-
 def _settings(given: tuple[str, ...]) -> dict[str, Any]:
     """NAME=VALUE pairs; a value is a number, true, false or null where it reads as one, else a word."""
     settings: dict[str, Any] = {}
@@ -274,77 +207,6 @@ def _settings(given: tuple[str, ...]) -> dict[str, Any]:
 def _slug(word: str) -> str:
     """A word as a safe file name."""
     return "".join(c if c.isascii() and c.isalnum() else "-" for c in word.lower()).strip("-") or "concept"
-
-
-def _check_device(device: str) -> None:
-    import torch
-
-    try:
-        if torch.device(device).type not in ("cpu", "cuda"):
-            raise ConfigError(f"device {device!r} is not supported: give cpu, cuda, or cuda:1 and so on")
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ConfigError(f"device {device!r} cannot be used here: {_one_line(error).split('. ')[0]}") from None
-
-
-@contextlib.contextmanager
-def _quiet_libraries() -> Iterator[None]:
-    """Keep the libraries' own bars and advice out of the user's terminal; errors still reach it as ours."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    for logging in (diffusers_logging, transformers_logging):
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-    yield
-
-
-@contextlib.contextmanager
-def _progress(quiet: bool) -> Iterator[Progress]:
-    """One bar a stage on stderr; elsewhere a plain line at its start, every ten seconds, and at its end."""
-    if quiet:
-        yield lambda stage, done, total: None
-    elif sys.stderr.isatty():
-        with _bars() as show:
-            yield show
-    else:
-        yield _Lines()
-
-
-@contextlib.contextmanager
-def _bars() -> Iterator[Progress]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description:>22}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bars:
-        tasks: dict[str, Any] = {}
-
-        def show(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done, total=total)
-            if done >= total:
-                bars.stop_task(tasks[stage])
-
-        yield show
-
-
-class _Lines:
-    """Progress as plain lines."""
-
-    def __init__(self) -> None:
-        self._stage, self._shown = "", 0.0
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        if stage != self._stage or done >= total or now - self._shown > 10:
-            click.echo(f"{stage}: {done}/{total}", err=True)
-            self._stage, self._shown = stage, now
 
 
 def _print_summary(result: ErasedConcept, folder: Path) -> None:

@@ -1,0 +1,503 @@
+"""Audits: what is planned is drawn once, whatever is interrupted, and the scores are of what is there."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import run_cli
+from PIL import Image
+
+from erase_diffusion import erase_concept
+from erase_diffusion.audit import generate as drawing
+from erase_diffusion.audit import ledger
+from erase_diffusion.audit.plan import ORIGINAL, Plan, read_plan
+from erase_diffusion.audit.run import Asked, Audit, report_of, write_report
+from erase_diffusion.audit.samples import Sample, asked_of, file_samples
+from erase_diffusion.audit.score import describe
+from erase_diffusion.audit.work import Ranks, only_one
+from erase_diffusion.concepts import Concept
+from erase_diffusion.errors import ConfigError, DataError, ModelError, OutputError
+from erase_diffusion.image_store import ImageStore
+from erase_diffusion.models import Model
+from erase_diffusion.prompts_file import CasePrompt, read_prompts
+from erase_diffusion.text_encoder import TextEncoder
+
+PROMPTS = """case_number,prompt,class,evaluation_seed,evaluation_guidance
+a,a red cat in the garden,cat,11,
+b,a kitten by the sea,,12,
+../c,a blue car in the snow,car,13,
+d,<script>alert(1)</script> a house,,14,
+e,a dog,dog,15,2.0
+f,a red cat in the garden,cat,11,
+g,a flower,,17,
+"""
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two drop-ins and a prompt file."""
+    work = tmp_path_factory.mktemp("audit")
+    for concept in ("cat", "dog"):
+        erase_concept(concept, method="nullspace", verify=False).save_pretrained(work / f"no-{concept}")
+    (work / "prompts.csv").write_text(PROMPTS)
+    return work
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return Model("mini")
+
+
+def asked(work: Path, **given: Any) -> Asked:
+    return Asked(work / "prompts.csv", **({"steps": 3, "batch_size": 2} | given))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def done(work: Path, model: Model) -> Plan:
+    """An undisturbed audit of the cat's drop-in, scored."""
+    job = Audit(model, work / "done")
+    plan = job.plan([work / "no-cat"], asked(work))
+    job.draw(plan)
+    job.score(plan)
+    return plan
+
+
+def scores_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "scores" / "judge" / "scores.jsonl").read_text().splitlines()]
+
+
+def test_original_and_erased_are_drawn_from_the_same_noise(done: Plan) -> None:
+    first = done.keys[ORIGINAL][0], done.keys["no-cat"][0]
+    before, after = (done.store.read(key) for key in first)
+    assert before is not None and after is not None and not np.array_equal(before, after)
+    # A prompt that says nothing of the cat comes out nearly as it was: only the encoder differs.
+    by = {(s["encoder"], s["case"]): s for s in scores_of(done.folder)}
+    assert by["no-cat", "g"]["distance"] < by["no-cat", "a"]["distance"] / 4
+    assert by[ORIGINAL, "a"]["concepts"]["cat"] > 0.5 > by["no-cat", "a"]["concepts"]["cat"]
+
+
+def test_each_image_is_there_once_with_how_it_was_made_inside(done: Plan) -> None:
+    lines = [json.loads(line) for line in (done.folder / "manifest.jsonl").read_text().splitlines()]
+    # Seven cases of six prompts and seeds, drawn by two encoders.
+    assert len(lines) == len({line["key"] for line in lines}) == 12
+    assert len(list((done.folder / "images").rglob("*.png"))) == 12
+    with Image.open(done.store.path(lines[0]["key"])) as image:
+        made = json.loads(image.info["erase-diffusion"])
+    assert (made["prompt"], made["seed"], made["steps"]) == ("a red cat in the garden", 11, 3)
+    assert made["guidance"] == Model("mini").spec.guidance
+    guided = done.keys[ORIGINAL][4]
+    with Image.open(done.store.path(guided)) as image:
+        assert json.loads(image.info["erase-diffusion"])["guidance"] == 2.0
+    assert {p.name for p in done.folder.parent.iterdir()} == {"no-cat", "no-dog", "prompts.csv", "done"}
+
+
+def test_every_prompt_is_encoded_once(
+    work: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[str] = []
+    original = TextEncoder.encode
+
+    def encode(self: TextEncoder, prompts: Any, *rest: Any) -> torch.Tensor:
+        encoded.extend(prompts)
+        return original(self, prompts, *rest)
+
+    monkeypatch.setattr(TextEncoder, "encode", encode)
+    job = Audit(model, tmp_path / "audit")
+    job.draw(job.plan([work / "no-cat"], asked(work)))
+    texts = [p.text for p in read_prompts(work / "prompts.csv").prompts]
+    assert sorted(encoded) == sorted(2 * [*set(texts), ""])
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("after", [0, 1, 2, 5])
+def test_interrupted_and_begun_again_it_ends_the_same(
+    work: Path, model: Model, done: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    job = Audit(model, tmp_path / "audit")
+    plan = job.plan([work / "no-cat"], asked(work))
+    paint, calls = drawing.paint, []
+
+    def killed(*args: Any, **kwargs: Any) -> np.ndarray:
+        calls.append(1)
+        if len(calls) > after:
+            raise Killed
+        return paint(*args, **kwargs)
+
+    monkeypatch.setattr(drawing, "paint", killed)
+    with pytest.raises(Killed):
+        job.draw(plan)
+    monkeypatch.setattr(drawing, "paint", paint)
+    shard = ledger.shard(plan.folder, "manifest", 0)
+    written = shard.read_bytes() if shard.exists() else b""
+    if after == 2:
+        shard.write_bytes(written + b'{"encoder": "original", "ca')  # killed in the middle of a line
+    again = Audit(model, tmp_path / "audit")
+    counts = again.draw(again.plan([work / "no-cat"], asked(work)))
+    assert counts.found == written.count(b"\n") and counts.drawn == 12 - counts.found
+    assert counts.bad_lines == (after == 2)
+    again.score(plan)
+    for name in ("manifest.jsonl", "scores/judge/scores.jsonl", "samples.jsonl"):
+        assert (plan.folder / name).read_bytes() == (done.folder / name).read_bytes()
+    assert sorted(p.name for p in plan.folder.iterdir()) == sorted(
+        p.name for p in done.folder.iterdir() if p.name != ".lock"
+    )
+
+
+@pytest.mark.parametrize("damage", ["image", "line", "manifest"])
+def test_what_is_damaged_is_done_again_and_counted(
+    work: Path, model: Model, done: Plan, tmp_path: Path, damage: str
+) -> None:
+    job = Audit(model, tmp_path / "audit")
+    plan = job.plan([work / "no-cat"], asked(work))
+    job.draw(plan)
+    manifest = plan.folder / "manifest.jsonl"
+    lines = manifest.read_bytes().split(b"\n")
+    if damage == "image":
+        plan.store.path(plan.keys["no-cat"][2]).write_bytes(b"no picture")
+    elif damage == "line":
+        manifest.write_bytes(b"\n".join([*lines[:3], b"\x00\xff{", *lines[4:]]))
+    else:
+        manifest.unlink()
+    counts = job.draw(plan)
+    assert (counts.redone, counts.bad_lines) == {"image": (1, 0), "line": (0, 1), "manifest": (0, 0)}[damage]
+    assert counts.drawn == (12 if damage == "manifest" else 2)
+    assert manifest.read_bytes() == (done.folder / "manifest.jsonl").read_bytes()
+
+
+def test_originals_are_drawn_once_for_all_encoders_and_audits(work: Path, model: Model, tmp_path: Path) -> None:
+    cache = ImageStore(tmp_path / "cache")
+    first = Audit(model, tmp_path / "first")
+    both = first.plan([work / "no-cat", work / "no-dog"], asked(work), cache)
+    counts = first.draw(both, cache)
+    assert (counts.drawn, counts.reused) == (18, 0)
+    second = Audit(model, tmp_path / "second")
+    plan = second.plan([work / "no-dog"], asked(work), cache)
+    counts = second.draw(plan, cache)
+    assert (counts.drawn, counts.reused) == (6, 6)
+    assert plan.store.path(plan.keys[ORIGINAL][0]).read_bytes() == both.store.path(plan.keys[ORIGINAL][0]).read_bytes()
+    # With other settings they are other images; and the erased encoders' own are never taken.
+    other = Audit(model, tmp_path / "third").plan([work / "no-dog"], asked(work, steps=2), cache)
+    assert not other.reused
+    # A picture that left the cache after the plan was made is drawn.
+    third = Audit(model, tmp_path / "fourth")
+    plan = third.plan([work / "no-cat"], asked(work), cache)
+    cache.path(plan.keys[ORIGINAL][0]).unlink()
+    assert third.draw(plan, cache).drawn > 6
+
+
+def test_the_result_does_not_depend_on_how_many_processes(work: Path, model: Model, done: Plan, tmp_path: Path) -> None:
+    folder = tmp_path / "audit"
+    plan = Audit(model, folder).plan([work / "no-cat"], asked(work))
+    # The second process first, and it finds the first one's share missing only at the end.
+    for rank in (1, 0):
+        job = Audit(model, folder, Ranks(rank, 2))
+        job.draw(plan)
+    for rank in (1, 0):
+        Audit(model, folder, Ranks(rank, 2)).score(plan)
+    for name in ("manifest.jsonl", "scores/judge/scores.jsonl"):
+        assert (folder / name).read_bytes() == (done.folder / name).read_bytes()
+
+
+def test_a_process_that_died_is_noticed_and_only_its_share_is_done_again(
+    work: Path, model: Model, tmp_path: Path
+) -> None:
+    folder = tmp_path / "audit"
+    plan = Audit(model, folder).plan([work / "no-cat"], asked(work))
+    with pytest.raises(OutputError, match="a process died"):
+        Audit(model, folder, Ranks(0, 2)).draw(plan)
+    counts = Audit(model, folder).draw(plan)
+    assert counts.found > 0 and counts.drawn == 12 - counts.found
+
+
+def test_out_of_memory_halves_the_batch_once_and_says_so(
+    work: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paint, sizes, told = drawing.paint, [], []
+
+    def full(pipe: Any, embeddings: torch.Tensor, *rest: Any, **kwargs: Any) -> np.ndarray:
+        sizes.append(len(embeddings))
+        if len(embeddings) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return paint(pipe, embeddings, *rest, **kwargs)
+
+    monkeypatch.setattr(drawing, "paint", full)
+    job = Audit(model, tmp_path / "audit", tell=told.append)
+    plan = job.plan([work / "no-cat"], asked(work))
+    counts = job.draw(plan)
+    assert counts.halved and counts.drawn == 12 and len(told) == 1 and "half as many" in told[0]
+    assert sizes.count(2) == 1
+
+    def never(*_: Any, **__: Any) -> np.ndarray:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(drawing, "paint", never)
+    job = Audit(model, tmp_path / "other")
+    with pytest.raises(torch.OutOfMemoryError):
+        job.draw(job.plan([work / "no-cat"], asked(work)))
+
+
+def test_a_folder_of_another_audit_is_refused_by_the_difference(work: Path, model: Model, done: Plan) -> None:
+    job = Audit(model, done.folder)
+    before = contents(done.folder)
+    for change, says in (
+        ({"steps": 4}, "steps is 3, now asked 4"),
+        ({"seed": 1}, "seed is 0, now asked 1"),
+        ({"guidance": 9.0}, "prompts.sha256"),
+    ):
+        with pytest.raises(OutputError, match=says):
+            job.plan([work / "no-cat"], asked(work, **change))
+    with pytest.raises(OutputError, match=r"encoders\.name is no-cat, now asked no-dog"):
+        job.plan([work / "no-dog"], asked(work))
+    with pytest.raises(OutputError, match="holds other things"):
+        Audit(model, work / "no-cat").plan([work / "no-dog"], asked(work))
+    assert contents(done.folder) == before
+
+
+def test_two_audits_at_once_in_one_folder(tmp_path: Path) -> None:
+    with (
+        only_one(tmp_path / "audit", Ranks()),
+        pytest.raises(OutputError, match="another audit is at work"),
+        only_one(tmp_path / "audit", Ranks()),
+    ):
+        pass
+    with only_one(tmp_path / "audit", Ranks()):
+        pass  # free again
+
+
+def test_what_cannot_be_audited(work: Path, model: Model, tmp_path: Path) -> None:
+    job = Audit(model, tmp_path / "audit")
+    with pytest.raises(ModelError, match=r"erasure\.json is missing"):
+        job.plan([tmp_path], asked(work))
+    with pytest.raises(ConfigError, match="same encoder"):
+        job.plan([work / "no-cat", work / "no-cat"], asked(work))
+    with pytest.raises(ConfigError, match="at least one drop-in"):
+        job.plan([], asked(work))
+    with pytest.raises(ConfigError, match="steps must lie"):
+        Asked(steps=0)
+    other = tmp_path / "other"
+    other.mkdir()
+    record = json.loads((work / "no-cat" / "erasure.json").read_text())
+    record["source"]["sha256"] = "0" * 64
+    (other / "erasure.json").write_text(json.dumps(record))
+    with pytest.raises(ModelError, match="another text encoder"):
+        job.plan([other], asked(work))
+    assert not (tmp_path / "audit").exists()
+    with pytest.raises(DataError, match="no audit"):
+        read_plan(tmp_path)
+
+
+def test_a_plan_that_was_tampered_with_is_refused(work: Path, model: Model, tmp_path: Path) -> None:
+    job = Audit(model, tmp_path / "audit")
+    job.plan([work / "no-cat"], asked(work))
+    samples = tmp_path / "audit" / "samples.jsonl"
+    samples.write_text(samples.read_text().replace("blue car", "blue cat"))
+    with pytest.raises(DataError, match="damaged"):
+        read_plan(tmp_path / "audit")
+
+
+def test_the_suite_asks_all_groups_of_every_concept_once(work: Path, model: Model, tmp_path: Path) -> None:
+    plan = Audit(model, tmp_path / "audit").plan([work / "no-cat", work / "no-dog"], Asked(per_group=4))
+    groups = {s.shows.group for s in plan.samples if s.concept == "cat"}
+    assert groups >= {
+        "named",
+        "synonym",
+        "described",
+        "two-object",
+        "misspelt",
+        "neighbour thing",
+        "preserved",
+        "styles",
+    }
+    assert {s.concept for s in plan.samples} == {"cat", "dog"}
+    assert len({s.case for s in plan.samples}) == len(plan.samples)
+    assert read_plan(plan.folder).samples == plan.samples
+
+
+@pytest.mark.parametrize(
+    ("prompt", "group", "things"),
+    [
+        (CasePrompt("1", "a tabby on a sofa", 0, label="cat"), "named", ("cat",)),
+        (CasePrompt("2", "Two Cats at night", 0), "named", ("cat",)),
+        (CasePrompt("3", "a kitten", 0), "synonym", ("cat",)),
+        (CasePrompt("4", "a sedan", 0), "preserved", ("car",)),
+        (CasePrompt("5", "an image of a tench", 0, label="tench"), "preserved", ("tench",)),
+        (CasePrompt("6", "the feeling of mondays", 0), "other prompts", ()),
+    ],
+)
+def test_what_a_files_prompts_ask_for(model: Model, prompt: CasePrompt, group: str, things: tuple[str, ...]) -> None:
+    [sample] = file_samples([prompt], model.vocabulary, 4.0)
+    asked = asked_of(sample, Concept("cat", aliases=("kitten",)), model.vocabulary)
+    assert (asked.group, asked.things) == (group, things)
+    assert Sample.from_dict(json.loads(json.dumps(sample.to_dict()))) == sample
+
+
+def test_an_artists_prompts(model: Model) -> None:
+    prompts = [
+        CasePrompt("1", "Bedroom in Arles", 0, artist="Vincent van Gogh"),
+        CasePrompt("2", "Lilies", 0, artist="Monet"),
+    ]
+    groups = [
+        asked_of(s, Concept("Vincent van Gogh", "style"), model.vocabulary).group
+        for s in file_samples(prompts, model.vocabulary, 4.0)
+    ]
+    assert groups == ["named", "preserved"]
+
+
+def test_blank_and_noise_are_told_from_pictures(done: Plan) -> None:
+    rng = np.random.default_rng(0)
+    assert describe(np.full((64, 64, 3), 130, np.uint8))["flags"] == ["blank"]
+    assert describe(rng.integers(0, 256, (64, 64, 3)).astype(np.uint8))["flags"] == ["noise"]
+    drawn = [describe(done.store.read(key)) for key in done.keys[ORIGINAL]]
+    assert all(d["flags"] == [] for d in drawn)
+    assert len({d["print"] for d in drawn}) == 6  # seven cases, two of them the same
+
+
+def test_another_checker_and_threshold_need_no_drawing(
+    work: Path, model: Model, done: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drawing, "paint", None)
+    generator = str(Path(model.spec.clip))
+    with pytest.raises(ModelError, match="its own homework"):
+        Audit(model, done.folder).score(done, checker=generator, name="clip")
+    with pytest.raises(ConfigError, match="too few to make one"):
+        report_of(done.folder)  # no calibration is recorded in these drop-ins
+    before = (done.folder / "scores" / "judge" / "scores.jsonl").read_bytes()
+    loose, _ = report_of(done.folder, threshold=0.5)
+    strict, _ = report_of(done.folder, threshold=0.9999)
+    after = [r.encoders[0].concepts[0].asked.before for r in (loose, strict)]
+    assert after[0].found == 3 > after[1].found
+    assert (done.folder / "scores" / "judge" / "scores.jsonl").read_bytes() == before
+    with pytest.raises(DataError, match="no scores under the name 'other'"):
+        report_of(done.folder, scores="other")
+
+
+def test_what_could_not_be_judged_is_counted_and_in_no_rate(work: Path, model: Model, tmp_path: Path) -> None:
+    job = Audit(model, tmp_path / "audit")
+    plan = job.plan([work / "no-cat"], asked(work))
+    job.draw(plan)
+    path = plan.store.path(plan.keys["no-cat"][1])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-40])
+    assert job.score(plan).failed == 1
+    report, _ = report_of(plan.folder, threshold=0.5)
+    assert report.unscored == (1, "the image is missing or damaged")
+    assert report.encoders[0].concepts[0].groups.keys() == {"named"}  # the only synonym is not judged: no rate at all
+    # The picture comes back, and only it is judged.
+    path.write_bytes(whole)
+    assert job.score(plan).judged == 1
+    report, _ = report_of(plan.folder, threshold=0.5)
+    assert report.unscored[0] == 0 and report.encoders[0].concepts[0].groups["synonym"].after.total == 1
+
+
+@pytest.fixture
+def audit_process(work: Path, tmp_path: Path) -> Iterator[Any]:
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(*extra: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "erase_diffusion", "audit", "--erased", str(work / "no-cat")]
+        command += ["--prompts", str(work / "prompts.csv"), "--output", str(tmp_path / "audit"), "--steps", "3"]
+        command += ["--batch-size", "2", "--no-cache", "--threshold", "0.5", *extra]
+        started.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+
+
+def test_killed_as_a_process_and_begun_again(done: Plan, tmp_path: Path, audit_process: Any) -> None:
+    process = audit_process()
+    shard = ledger.shard(tmp_path / "audit", "manifest", 0)
+    while process.poll() is None and not (shard.exists() and shard.read_bytes().count(b"\n") >= 2):
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "audit" / "manifest.jsonl").exists()  # control: it was not done
+    assert audit_process().wait(timeout=200) == 14  # a few prompts prove nothing
+    for name in ("manifest.jsonl", "scores/judge/scores.jsonl"):
+        assert (tmp_path / "audit" / name).read_bytes() == (done.folder / name).read_bytes()
+
+
+def test_the_commands_one_by_one(work: Path, tmp_path: Path) -> None:
+    drawing_options = ["--erased", str(work / "no-cat"), "--prompts", str(work / "prompts.csv"), "--output", "audit"]
+    drawing_options += ["--steps", "2", "--cache", "cache", "--margin", "0.02"]
+    run = run_cli("generate", *drawing_options, cwd=tmp_path, group=True)
+    assert run.code == 0, run.err
+    assert "12 images drawn" in run.out and "93 prompts" in run.err and "a second" in run.err
+    run = run_cli("score", "audit", "--quiet", cwd=tmp_path, group=True)
+    assert run.code == 0 and "14 judged" in run.out, run.err
+    run = run_cli("report", "audit", "--threshold", "0.5", "--json", cwd=tmp_path, group=True)
+    assert run.code == 14, run.err
+    told = json.loads(run.out)
+    assert told == json.loads((tmp_path / "audit" / "report.json").read_text())
+    assert told["schema_version"] == 1 and told["encoders"][0]["concepts"][0]["verdict"] == "inconclusive"
+    page = (tmp_path / "audit" / "report.html").read_text()
+    assert "<script>alert" not in page and "&lt;script&gt;alert" in page
+    assert "<script>" not in (tmp_path / "audit" / "report.md").read_text()
+    # Again: nothing is drawn or judged twice.
+    run = run_cli("audit", *drawing_options, "--threshold", "0.5", cwd=tmp_path, group=True)
+    assert run.code == 14 and "0 images drawn, 0 originals reused, 12 were there" in run.err
+    assert "no-cat, cat: inconclusive" in run.out
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "says"),
+    [
+        (["--prompts", "prompts.csv", "--suite"], 2, "--prompts FILE, or --suite"),
+        ([], 2, "--prompts FILE, or --suite"),
+        (["--suite", "--max-found", "2"], 2, "--max-found must lie between 0 and 1"),
+        (["--suite", "--threshold", "0"], 2, "--threshold must lie"),
+        (["--suite", "--margin", "0.7"], 2, "--margin must lie"),
+        (["--suite", "--attention", "xformers", "--images", "1", "--steps", "1"], 1, "xformers cannot be used here"),
+        (["--prompts", "none.csv"], 1, "none.csv cannot be read"),
+        (["--prompts", "bad.csv"], 1, "bad.csv, line 2"),
+        (["--suite", "--device", "mps:7"], 2, "mps"),
+    ],
+)
+def test_bad_usage_is_one_line(work: Path, tmp_path: Path, options: list[str], code: int, says: str) -> None:
+    if "xformers" in options:
+        pytest.importorskip("diffusers")
+        try:
+            import xformers  # noqa: F401
+
+            pytest.skip("xformers is here")
+        except ImportError:
+            pass
+    (tmp_path / "prompts.csv").write_text(PROMPTS)
+    (tmp_path / "bad.csv").write_text("case_number,prompt\n1,a,b\n")
+    command = ["audit", "--erased", str(work / "no-cat"), "--output", "audit", "--no-cache", *options]
+    run = run_cli(*command, cwd=tmp_path, group=True)
+    assert run.code == code, run.err
+    error = [line for line in run.err.splitlines() if line.startswith("Error")]
+    assert len(error) == 1 and says in error[0]
+    assert "Traceback" not in run.err
+
+
+def test_a_report_is_written_whole(done: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    report, plan = report_of(done.folder, threshold=0.5)
+    write_report(report, plan)
+    before = contents(done.folder)
+    monkeypatch.setattr(
+        Path, "write_text", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
+    with pytest.raises(OutputError, match="No space left"):
+        write_report(report, plan)
+    assert contents(done.folder) == before
