@@ -80,6 +80,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 def _text(text: str) -> str:
     """Text that Markdown shows as it is: no HTML, no table cell, no line of its own."""
     for sign, told in (
+        ("\\", "\\\\"),
         ("&", "&amp;"),
         ("<", "&lt;"),
         (">", "&gt;"),
