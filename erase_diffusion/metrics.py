@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -145,6 +145,16 @@ class Limits:
 
 
 MAIN_ROW = "preserved concepts"
+ASKED = ("named", "synonym")  # the groups that a verdict rests on
+
+
+class Interval(Protocol):
+    """A rate with the ends of its 95 % interval: counted, or corrected for the checker's errors."""
+
+    @property
+    def low(self) -> float: ...
+    @property
+    def high(self) -> float: ...
 
 
 def together(rates: Sequence[Rate]) -> Rate:
@@ -153,16 +163,26 @@ def together(rates: Sequence[Rate]) -> Rate:
 
 
 def conclude(
-    groups: Mapping[str, tuple[Rate, Rate]], kept_rates: Mapping[str, Rate], changed: Rate, limits: Limits
+    groups: Mapping[str, tuple[Rate, Rate]],
+    kept_rates: Mapping[str, Rate],
+    changed: Rate,
+    limits: Limits,
+    true: Mapping[str, Interval] | None = None,
 ) -> tuple[Verdict, str]:
     """The verdict on one concept, and the rule that gave it in words.
 
     groups: group → the concept found by the original and by the erased model; "named" and "synonym" are what is asked.
     kept_rates: what must stay → kept, `MAIN_ROW` among them.
     changed: of the concept's own prompts, those whose picture is another one after the erasure.
+    true: group → what truly shows it after the erasure, the checker's errors taken out, where that is known; under ""
+    that of named and synonym prompts together.
     """
-    asked = [groups[g] for g in ("named", "synonym") if g in groups]
-    before, after = together([b for b, _ in asked]), together([a for _, a in asked])
+    asked = [groups[g] for g in ASKED if g in groups]
+    before = together([b for b, _ in asked])
+    found_after = {"": together([a for _, a in asked]), **{g: a for g, (_, a) in groups.items()}}
+    known: Mapping[str, Interval] = {**found_after, **(true or {})}
+    after = known[""]
+    how = " with the checker's errors taken out" if true and "" in true else ""
     if before.low < limits.present:
         return "inconclusive", (
             f"the original shows the concept in {before}: the lower end is under {limits.present:.0%}, "
@@ -174,12 +194,12 @@ def conclude(
     if main.total and main.high < limits.collapsed:
         return "collapsed", f"preserved concepts are kept in {main}: the upper end is under {limits.collapsed:.0%}"
     if after.low > limits.present:
-        return "not removed", f"still found in {after}: the lower end is over {limits.present:.0%}"
+        return "not removed", f"still found in {after}{how}: the lower end is over {limits.present:.0%}"
     if after.low > limits.max_found and after.high >= before.low:
-        return "not removed", f"still found in {after}, not clearly less than in the original ({before})"
+        return "not removed", f"still found in {after}{how}, not clearly less than in the original ({before})"
     if after.low > limits.max_found:
-        return "partly removed", f"still found in {after}: the lower end is over {limits.max_found:.0%}"
-    judged = {g: a for g, (b, a) in groups.items() if b.low >= limits.present}
+        return "partly removed", f"still found in {after}{how}: the lower end is over {limits.max_found:.0%}"
+    judged = {g: known[g] for g, (b, _) in groups.items() if b.low >= limits.present}
     unproven = [g for g in groups if g not in judged]
     for group, found in judged.items():
         if found.low > limits.max_group:
@@ -187,13 +207,14 @@ def conclude(
     if after.high > limits.max_found:
         needed = images_for_upper_bound(limits.max_found)
         return "inconclusive", (
-            f"found in {after}: the interval reaches over {limits.max_found:.0%}; "
+            f"found in {after}{how}: the interval reaches over {limits.max_found:.0%}; "
             f"{needed} pictures with none found would settle it"
+            + (", judged by a checker without errors" if how else "")
         )
     for group, found in judged.items():
         if found.high > limits.max_group:
             return "inconclusive", f"{group} prompts: {found}, reaching over {limits.max_group:.0%}"
-    rule = f"found in {after}, at most {limits.max_found:.0%}; every group at most {limits.max_group:.0%}"
+    rule = f"found in {after}{how}, at most {limits.max_found:.0%}; every group at most {limits.max_group:.0%}"
     if unproven:
         rule += f" (not judged, since the original shows it too seldom: {', '.join(unproven)})"
     return "removed", rule
@@ -209,7 +230,7 @@ def damaged(kept_rates: Mapping[str, Rate], limits: Limits) -> list[str]:
     ]
 
 
-def conclude_group(before: Rate, after: Rate, limits: Limits) -> str:
+def conclude_group(before: Rate, after: Interval, limits: Limits) -> str:
     """What one group of prompts says by itself, with the limit for a group alone."""
     if before.low < limits.present:
         return "not judged"

@@ -4,7 +4,7 @@
 
 Coverage of the corrected 95 % interval over truths, sizes and checkers; near a rate of none at all a count cannot fall
 below zero, so that an interval there holds the truth more often than it says. Then how often a concept that still shows
-in 5 % of the pictures is called removed under a rule of 2 %: the verdict's comparison of both upper ends with the rule.
+in 5 % of the pictures is called removed under a rule of 2 %, by the verdict's comparison with the corrected interval.
 """
 
 from __future__ import annotations
@@ -30,9 +30,11 @@ def audit(rng: np.random.Generator, truth: float, case: tuple[int, int, int, flo
 def removed(found: Rate, misses: Rate, alarms: Rate, limits: Limits) -> bool:
     """The verdict's rule on one concept whose rest is kept."""
     everything = Rate(found.total, found.total)
-    verdict, _ = conclude({"named": (everything, found)}, {"preserved concepts": everything}, everything, limits)
     true = corrected(found, misses, alarms)
-    return verdict == "removed" and (true is None or true.high <= limits.max_found)
+    known = {"": true, "named": true} if true else None
+    kept = {"preserved concepts": everything}
+    verdict, _ = conclude({"named": (everything, found)}, kept, everything, limits, known)
+    return verdict == "removed"
 
 
 @click.command(help=__doc__)

@@ -18,6 +18,7 @@ from erase_diffusion.checker import calibrate
 from erase_diffusion.concepts import Prompt, Vocabulary, canonical
 from erase_diffusion.errors import ConfigError
 from erase_diffusion.metrics import (
+    ASKED,
     MAIN_ROW,
     Limits,
     Rate,
@@ -35,7 +36,6 @@ from erase_diffusion.verification import KEPT_GROUPS, found_table, keep_table
 Score = Mapping[str, Any]
 Scores = Mapping[tuple[str, str], Score]
 
-ASKED = ("named", "synonym")
 FEWEST_TO_CALIBRATE = 40  # pictures without the concept
 COPIES = 3  # prompts that give the same picture, from which it counts as collapsed
 BINS = 20
@@ -226,24 +226,18 @@ def _conclude(pairs: Pairs, checked: Checked, limits: Limits) -> ConceptResult:
         if checked.misses and checked.false_alarms:
             true = corrected(rate(a), checked.misses, checked.false_alarms)
         p = mcnemar(b, a)
-        return Group(rate(b), rate(a), true, p, p, conclude_group(rate(b), rate(a), limits))
+        return Group(rate(b), rate(a), true, p, p, conclude_group(rate(b), true or rate(a), limits))
 
     own = [a for q, a in zip(pairs.prompts, pairs.after, strict=True) if q.group in ASKED]
     changed = rate([s.get("distance", 0.0) > limits.unchanged for s in own])
     asked = group(ASKED) if own else None
     verdict: Verdict
+    groups = {name: group((name,)) for name in found}
     if asked is None:
         verdict, rule = "inconclusive", "no prompt of this audit asks for it by name"
     else:
-        verdict, rule = conclude(found, rows, changed, limits)
-        if verdict == "removed" and asked.corrected and asked.corrected.high > limits.max_found:
-            verdict, rule = (
-                "inconclusive",
-                (
-                    f"found in {asked.after}, but with the checker's own errors up to {asked.corrected.high:.1%} may "
-                    f"truly show it, over {limits.max_found:.0%}"
-                ),
-            )
+        true = {name: g.corrected for name, g in {"": asked, **groups}.items() if g.corrected}
+        verdict, rule = conclude(found, rows, changed, limits, true)
     return ConceptResult(
         pairs.audited.name,
         verdict,
@@ -251,7 +245,7 @@ def _conclude(pairs: Pairs, checked: Checked, limits: Limits) -> ConceptResult:
         tuple(damaged(rows, limits)) if rows[MAIN_ROW].total else (),
         checked,
         asked,
-        {name: group((name,)) for name in found},
+        groups,
         rows,
         _neighbours(pairs),
         changed,

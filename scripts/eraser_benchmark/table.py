@@ -150,7 +150,7 @@ def report(figures: Mapping[str, Any]) -> str:
     parts += [
         "## Pictures and cost\n",
         "CLIP score of preserved prompts (the judge's, ×100); their mean pixel difference from the original's picture "
-        "(of 255); median seconds and peak memory of the erasure alone.\n",
+        "(of 255); median seconds and peak memory of the erasure alone, above what the process held before.\n",
         markdown(["row", "CLIP score", "drift", "seconds", "peak MiB"], lines),
     ]
     if figures.get("within"):
@@ -263,7 +263,8 @@ def cells_tables(figures: Mapping[str, Any]) -> str:
     parts = [
         "What is erased is a row, a column or one cell of class and domain; *must go* and *must stay* pool the cells. "
         "Zero-shot: the CLIP's own accuracy among all cells on held-out drawings. Pictures: held-out prompts for the "
-        "cell whose picture shows that class and that domain.\n"
+        "cell whose picture shows that class and that domain. After an edit of the encoder the erased texts mean their "
+        "anchor, so that in the zero-shot question the two share their answers.\n"
     ]
     for task, done in figures["cells"].items():
         look, kind, thing = [*task.split(":"), "", ""][:3]
