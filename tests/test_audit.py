@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -21,14 +22,18 @@ from PIL import Image
 from erase_diffusion import erase_concept
 from erase_diffusion.audit import generate as drawing
 from erase_diffusion.audit import ledger
+from erase_diffusion.audit import utility as utility_room
 from erase_diffusion.audit.plan import ORIGINAL, Plan, read_plan
 from erase_diffusion.audit.run import Asked, Audit, report_of, write_report
 from erase_diffusion.audit.samples import Sample, asked_of, file_samples
 from erase_diffusion.audit.score import describe
 from erase_diffusion.audit.work import Ranks, only_one
+from erase_diffusion.checker import CLIPChecker
 from erase_diffusion.concepts import Concept
 from erase_diffusion.errors import ConfigError, DataError, ModelError, OutputError
 from erase_diffusion.image_store import ImageStore
+from erase_diffusion.mini.draw import draw_scene
+from erase_diffusion.mini.world import sample_scene
 from erase_diffusion.models import Model
 from erase_diffusion.prompts_file import CasePrompt, read_prompts
 from erase_diffusion.text_encoder import TextEncoder
@@ -501,3 +506,42 @@ def test_a_report_is_written_whole(done: Plan, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(OutputError, match="No space left"):
         write_report(report, plan)
     assert contents(done.folder) == before
+
+
+def test_the_kid_tells_other_pictures_from_the_same(checker: CLIPChecker) -> None:
+    pytest.importorskip("torchmetrics")
+    rng = random.Random(3)
+    cats, more, cars = (
+        [np.asarray(draw_scene(sample_scene(rng, "test", things=1, name=name), rng)) for _ in range(40)]
+        for name in ("cat", "cat", "car")
+    )
+    measure = utility_room._distance("judge", checker)
+    same, _ = measure(cats, more)
+    other, _ = measure(cats, cars)
+    assert 10 * abs(same) < other
+    with pytest.raises(ConfigError, match="features must be one of"):
+        utility_room._distance("pixels", checker)
+
+
+def test_utility_is_in_the_report(work: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torchmetrics")
+    lines = [f"{i},a {thing} number {i},{i}" for i, thing in enumerate(["car", "boat", "house", "flower"] * 6)]
+    (tmp_path / "prompts.csv").write_text("case_number,prompt,evaluation_seed\n" + "\n".join(lines) + "\n")
+    job = Audit(model, tmp_path / "audit")
+    plan = job.plan([work / "no-cat"], Asked(tmp_path / "prompts.csv", steps=1))
+    job.draw(plan)
+    job.score(plan)
+    told = job.utility(plan, "judge")["no-cat"]["KID over judge features"]
+    assert "24 pictures are too few" in told
+    monkeypatch.setattr(utility_room, "FEWEST", 10)
+    told = job.utility(plan, "judge")["no-cat"]["KID over judge features"]
+    value, own = (float(told.split()[i]) for i in (0, 9))
+    assert abs(value - own) < 0.05 and "24 pictures" in told, told
+    assert report_of(plan.folder, threshold=0.5)[0].encoders[0].utility == {"KID over judge features": told}
+
+
+def test_prompts_that_are_cut_are_counted(work: Path, model: Model, tmp_path: Path) -> None:
+    long = "a cat " + "and a dog " * 60
+    (tmp_path / "prompts.txt").write_text(f"a cat\n{long}\n")
+    plan = Audit(model, tmp_path / "audit").plan([work / "no-cat"], Asked(tmp_path / "prompts.txt", steps=1))
+    assert plan.settings["prompts"]["truncated"] == 1 and plan.settings["prompts"]["unseeded"] == 2

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from erase_diffusion.audit.plan import ORIGINAL, Audited, ErasedEncoder, Plan
-from erase_diffusion.audit.samples import OTHER, asked_of
+from erase_diffusion.audit.samples import OTHER, Sample, asked_of
 from erase_diffusion.checker import calibrate
 from erase_diffusion.concepts import Prompt, Vocabulary, canonical
 from erase_diffusion.errors import ConfigError
@@ -108,8 +108,7 @@ def conclude_audit(
             for s in plan.samples
             if _sound(scores, ORIGINAL, s.case)
             and _sound(scores, encoder.name, s.case)
-            # What is asked of no concept of this encoder should look as it did.
-            and all(asked_of(s, a.concept, vocabulary).group in (*KEPT_GROUPS, OTHER) for a in encoder.concepts)
+            and asks_for_none(s, encoder, vocabulary)
         ]
         results.append(
             EncoderResult(
@@ -155,6 +154,11 @@ def conclude_audit(
         (len(failed) + missing, reason),
         _shortfalls(plan, results),
     )
+
+
+def asks_for_none(sample: Sample, encoder: ErasedEncoder, vocabulary: Vocabulary) -> bool:
+    """Whether a sample asks for nothing that an encoder has forgotten, so that its picture should look as it did."""
+    return all(asked_of(sample, a.concept, vocabulary).group in (*KEPT_GROUPS, OTHER) for a in encoder.concepts)
 
 
 def _sound(scores: Scores, encoder: str, case: str) -> bool:

@@ -27,6 +27,7 @@ from erase_diffusion.audit.plan import (
 )
 from erase_diffusion.audit.samples import Sample, file_samples, suite_samples
 from erase_diffusion.audit.score import Scored, read_scores, score
+from erase_diffusion.audit.utility import read_utility, utility
 from erase_diffusion.audit.work import Ranks
 from erase_diffusion.concepts import PromptWriter, preserved
 from erase_diffusion.errors import ConfigError
@@ -177,6 +178,10 @@ class Audit:
         }
         return score(plan, judge, about, name=name, ranks=self.ranks, progress=self.progress)
 
+    def utility(self, plan: Plan, features: str) -> dict[str, dict[str, str]]:
+        """KID between original and erased on what must stay; see `utility.utility`."""
+        return utility(plan, make_checker(self.model), features, progress=self.progress)
+
 
 def report_of(
     folder: Path,
@@ -185,7 +190,6 @@ def report_of(
     limits: Limits | None = None,
     threshold: float | None = None,
     made: Mapping[str, Any] | None = None,
-    utility: Mapping[str, Mapping[str, Any]] | None = None,
     shown: int = 40,
 ) -> tuple[AuditReport, Plan]:
     """The report of a scored audit, from what its folder holds. Raises DataError, ConfigError."""
@@ -203,7 +207,7 @@ def report_of(
         limits=limits or Limits(),
         threshold=threshold,
         made=made,
-        utility=utility,
+        utility=read_utility(plan),
         shown=shown,
     )
     return report, plan

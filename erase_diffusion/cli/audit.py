@@ -95,6 +95,11 @@ _DRAWING = _options(
 _JUDGING = _options(
     click.option("--checker", help="Another CLIP as judge: a folder or a hub id. [default: the model's own judge]"),
     click.option("--scores", "scores_name", default="judge", show_default=True, help="The name of these scores."),
+    click.option(
+        "--utility",
+        type=click.Choice(["judge", "inception"]),
+        help="Measure the KID of what must stay as well, over these features (needs the extra utility).",
+    ),
 )
 _RULE = _options(
     click.option(
@@ -114,6 +119,7 @@ _RULE = _options(
 def audit(
     checker: str | None,
     scores_name: str,
+    utility: str | None,
     max_found: float | None,
     min_kept: float | None,
     threshold: float | None,
@@ -130,12 +136,14 @@ def audit(
     quiet = drawing["quiet"]
 
     def then(job: Audit, plan: Plan) -> None:
-        job.score(plan, checker=checker, name=scores_name)
+        job.score(plan, checker=checker, name=_name(scores_name))
+        if utility and job.ranks.main:
+            job.utility(plan, utility)
 
     with quiet_libraries():
         main, made = _draw(drawing, then)
         if main:
-            _report(drawing["output"], scores_name, limits, threshold, shown, as_json, quiet, made)
+            _report(drawing["output"], _name(scores_name), limits, threshold, shown, as_json, quiet, made)
 
 
 @click.command(cls=Command)
@@ -154,7 +162,7 @@ def generate(as_json: bool, **drawing: Any) -> None:
 @_JUDGING
 @click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, …")
 @click.option("--quiet", is_flag=True, help="No progress.")
-def score(folder: Path, checker: str | None, scores_name: str, device: str, quiet: bool) -> None:
+def score(folder: Path, checker: str | None, scores_name: str, utility: str | None, device: str, quiet: bool) -> None:
     """Judge the images of the audit in FOLDER, with its judge or another; nothing is drawn again."""
     with quiet_libraries():
         from erase_diffusion.audit.plan import read_plan
@@ -168,6 +176,8 @@ def score(folder: Path, checker: str | None, scores_name: str, device: str, quie
         with only_one(folder, ranks), progress_on_stderr(quiet) as progress:
             job = Audit(Model(plan.settings["model"]["name"], device=device), folder, ranks, progress)
             done = job.score(plan, checker=checker, name=_name(scores_name))
+            if utility and ranks.main:
+                job.utility(plan, utility)
     if ranks.main:
         click.echo(f"{folder}: {done.judged} judged, {done.found} were there, {done.failed} could not be judged")
 

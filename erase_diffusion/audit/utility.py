@@ -1,0 +1,118 @@
+"""Whether erased pictures of what must stay are, as a set, still the original's: the kernel inception distance (KID,
+Bińkowski et al. 2018) by torchmetrics, over the checker's features or Inception's own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from erase_diffusion.audit.conclude import asks_for_none
+from erase_diffusion.audit.plan import ORIGINAL, Plan
+from erase_diffusion.checker import CLIPChecker
+from erase_diffusion.errors import ConfigError, ModelError
+from erase_diffusion.image_store import writing
+
+FEATURES = ("judge", "inception")
+FEWEST = 40  # pictures on each side, under which the distance says nothing
+FILE = "utility.json"
+
+
+def utility(
+    plan: Plan,
+    checker: CLIPChecker,
+    features: str,
+    *,
+    progress: Callable[[str, int, int], Any] = lambda stage, done, total: None,
+) -> dict[str, dict[str, str]]:
+    """Erased encoder → the KID between half of the original's pictures and its own of the other half, over prompts that
+    ask for nothing it forgot, beside that of the original's two halves; written to `utility.json`, for the reports.
+
+    features: "judge", the checker's image embeddings, or "inception", as in the paper (torch-fidelity's weights).
+    Raises ConfigError without torchmetrics, ModelError when Inception cannot be had.
+    """
+    distance = _distance(features, checker)
+    found: dict[str, dict[str, str]] = {}
+    for i, encoder in enumerate(plan.erased):
+        progress("measuring utility", i, len(plan.erased))
+        numbers = [n for n, s in enumerate(plan.samples) if asks_for_none(s, encoder, checker.vocabulary)]
+        pairs = [
+            (plan.store.read(plan.keys[ORIGINAL][n]), plan.store.read(plan.keys[encoder.name][n])) for n in numbers
+        ]
+        sound = [(b, a) for b, a in pairs if b is not None and a is not None]
+        name = f"KID over {features} features"
+        if len(sound) < FEWEST:
+            found[encoder.name] = {name: f"not measured, {len(sound)} pictures are too few ({FEWEST} are needed)"}
+            continue
+        before, after = [b for b, _ in sound], [a for _, a in sound]
+        # Twins from the same noise are no independent samples: one half of the prompts against the other half's.
+        value, error = distance(before[0::2], after[1::2])
+        own, own_error = distance(before[0::2], before[1::2])
+        found[encoder.name] = {
+            name: f"{value:.4f} ± {error:.4f}, where the original's own halves are {own:.4f} ± {own_error:.4f} apart "
+            f"({len(sound)} pictures)"
+        }
+    progress("measuring utility", len(plan.erased), len(plan.erased))
+    path = plan.folder / FILE
+    with writing(path):
+        path.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return found
+
+
+class _Judge(nn.Module):
+    """The checker's image tower as torchmetrics wants features: uint8 images (n, 3, h, w) → (n, d)."""
+
+    def __init__(self, checker: CLIPChecker):
+        super().__init__()
+        self.checker = checker
+
+    def forward(self, images: Tensor) -> Tensor:
+        vectors = self.checker.embed_images([Image.fromarray(i) for i in images.permute(0, 2, 3, 1).numpy()])
+        # KID's kernel divides dot products by d: so of these it takes the cosine.
+        return vectors * vectors.shape[1] ** 0.5
+
+
+def _distance(
+    features: str, checker: CLIPChecker
+) -> Callable[[Sequence[np.ndarray], Sequence[np.ndarray]], tuple[float, float]]:
+    """KID of two sets of uint8 (h, w, 3) images: mean and standard deviation over subsets."""
+    if features not in FEATURES:
+        raise ConfigError(f"features must be one of {', '.join(FEATURES)}, got {features!r}")
+    try:
+        from torchmetrics.image.kid import KernelInceptionDistance
+    except ImportError:
+        raise ConfigError("utility needs torchmetrics: pip install 'erase-diffusion[utility]'") from None
+
+    def measure(one: Sequence[np.ndarray], other: Sequence[np.ndarray]) -> tuple[float, float]:
+        size = min(len(one), len(other))
+        try:
+            kid = KernelInceptionDistance(
+                feature=_Judge(checker) if features == "judge" else 2048,
+                subsets=50,
+                subset_size=max(2, min(1000, size // 2)),
+            )
+        except Exception as error:  # torch-fidelity missing, or its weights not to be had: whatever it raises
+            first = " ".join(str(error).split())[:120]
+            raise ModelError(f"Inception cannot be had here ({first}); use the judge's features") from None
+        torch.manual_seed(0)  # it draws its subsets from the global generator
+        for images, real in ((one, True), (other, False)):
+            for start in range(0, len(images), 64):
+                kid.update(torch.from_numpy(np.stack(images[start : start + 64])).permute(0, 3, 1, 2), real=real)
+        mean, deviation = kid.compute()
+        return float(mean), float(deviation)
+
+    return measure
+
+
+def read_utility(plan: Plan) -> dict[str, dict[str, str]]:
+    """What was measured of this audit; nothing when nothing was, or it cannot be read."""
+    try:
+        found = json.loads((plan.folder / FILE).read_text(encoding="utf-8"))
+        return {str(e): {str(n): str(v) for n, v in values.items()} for e, values in found.items()}
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return {}
