@@ -6,13 +6,24 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from erase_diffusion.artifact import load_erased_text_encoder
+    from erase_diffusion.audit.run import Asked, run_audit
     from erase_diffusion.concepts import Concept
     from erase_diffusion.erase import ErasedConcept, erase_concept
     from erase_diffusion.errors import EraseDiffusionError
 
-__all__ = ["Concept", "EraseDiffusionError", "ErasedConcept", "erase_concept", "load_erased_text_encoder"]
+__all__ = [
+    "Asked",
+    "Concept",
+    "EraseDiffusionError",
+    "ErasedConcept",
+    "erase_concept",
+    "load_erased_text_encoder",
+    "run_audit",
+]
 
 _HOMES = {
+    "Asked": "audit.run",
+    "run_audit": "audit.run",
     "Concept": "concepts",
     "EraseDiffusionError": "errors",
     "ErasedConcept": "erase",

@@ -205,12 +205,10 @@ def conclude(
         if found.low > limits.max_group:
             return "partly removed", f"{group} prompts still show it in {found}: over {limits.max_group:.0%}"
     if after.high > limits.max_found:
-        needed = images_for_upper_bound(limits.max_found)
-        return "inconclusive", (
-            f"found in {after}{how}: the interval reaches over {limits.max_found:.0%}; "
-            f"{needed} pictures with none found would settle it"
-            + (", judged by a checker without errors" if how else "")
-        )
+        settle = f"{images_for_upper_bound(limits.max_found)} pictures with none found would settle it"
+        if how:
+            settle = "more prompts, or a checker calibrated on more pictures, would settle it"
+        return "inconclusive", (f"found in {after}{how}: the interval reaches over {limits.max_found:.0%}; {settle}")
     for group, found in judged.items():
         if found.high > limits.max_group:
             return "inconclusive", f"{group} prompts: {found}, reaching over {limits.max_group:.0%}"

@@ -30,11 +30,12 @@ from erase_diffusion.audit.score import describe
 from erase_diffusion.audit.work import Ranks, only_one
 from erase_diffusion.checker import CLIPChecker
 from erase_diffusion.concepts import Concept
+from erase_diffusion.erasers import ERASERS
 from erase_diffusion.errors import ConfigError, DataError, ModelError, OutputError
 from erase_diffusion.image_store import ImageStore
 from erase_diffusion.mini.draw import draw_scene
 from erase_diffusion.mini.world import sample_scene
-from erase_diffusion.models import Model
+from erase_diffusion.models import MODELS, Model
 from erase_diffusion.prompts_file import CasePrompt, read_prompts
 from erase_diffusion.text_encoder import TextEncoder
 
@@ -382,7 +383,7 @@ def test_another_checker_and_threshold_need_no_drawing(
     generator = str(Path(model.spec.clip))
     with pytest.raises(ModelError, match="its own homework"):
         Audit(model, done.folder).score(done, checker=generator, name="clip")
-    with pytest.raises(ConfigError, match="too few to make one"):
+    with pytest.raises(ConfigError, match="are too few"):
         report_of(done.folder)  # no calibration is recorded in these drop-ins
     before = (done.folder / "scores" / "judge" / "scores.jsonl").read_bytes()
     loose, _ = report_of(done.folder, threshold=0.5)
@@ -470,8 +471,12 @@ def test_the_commands_one_by_one(work: Path, tmp_path: Path) -> None:
         ([], 2, "--prompts FILE, or --suite"),
         (["--suite", "--max-found", "2"], 2, "--max-found must lie between 0 and 1"),
         (["--suite", "--threshold", "0"], 2, "--threshold must lie"),
-        (["--suite", "--margin", "0.7"], 2, "--margin must lie"),
-        (["--suite", "--attention", "xformers", "--images", "1", "--steps", "1"], 1, "xformers cannot be used here"),
+        (["--suite", "--margin", "0.7"], 2, "margin must lie"),
+        (
+            ["--suite", "--attention", "xformers", "--images", "1", "--threshold", "0.5"],
+            1,
+            "xformers cannot be used",
+        ),
         (["--prompts", "none.csv"], 1, "none.csv cannot be read"),
         (["--prompts", "bad.csv"], 1, "bad.csv, line 2"),
         (["--suite", "--device", "mps:7"], 2, "mps"),
@@ -515,12 +520,12 @@ def test_the_kid_tells_other_pictures_from_the_same(checker: CLIPChecker) -> Non
         [np.asarray(draw_scene(sample_scene(rng, "test", things=1, name=name), rng)) for _ in range(40)]
         for name in ("cat", "cat", "car")
     )
-    measure = utility_room._distance("judge", checker)
+    measure = utility_room.kid("judge", checker)
     same, _ = measure(cats, more)
     other, _ = measure(cats, cars)
     assert 10 * abs(same) < other
     with pytest.raises(ConfigError, match="features must be one of"):
-        utility_room._distance("pixels", checker)
+        utility_room.kid("pixels", checker)
 
 
 def test_utility_is_in_the_report(work: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -545,3 +550,13 @@ def test_prompts_that_are_cut_are_counted(work: Path, model: Model, tmp_path: Pa
     (tmp_path / "prompts.txt").write_text(f"a cat\n{long}\n")
     plan = Audit(model, tmp_path / "audit").plan([work / "no-cat"], Asked(tmp_path / "prompts.txt", steps=1))
     assert plan.settings["prompts"]["truncated"] == 1 and plan.settings["prompts"]["unseeded"] == 2
+
+
+def test_models_and_methods_are_listed(tmp_path: Path) -> None:
+    models = json.loads(run_cli("models", "--json", cwd=tmp_path, group=True).out)
+    assert [m["name"] for m in models] == list(MODELS)
+    run = run_cli("methods", "--json", cwd=tmp_path, group=True)
+    methods = {m["name"]: m for m in json.loads(run.out)}
+    assert methods.keys() == ERASERS.keys()
+    assert methods["nullspace"]["needs"] == "prompts" and methods["cliperase"]["settings"]["towers"] == "text"
+    assert "cliperase:" in run_cli("methods", cwd=tmp_path, group=True).out

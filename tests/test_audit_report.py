@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from collections.abc import Mapping
@@ -166,10 +167,39 @@ def test_without_a_calibration_one_is_made_on_the_originals_pictures() -> None:
     checked = concluded(calibrated=False).encoders[0].concepts[0].checked
     assert checked.threshold == 0.5 and "this audit" in checked.source
     assert checked.false_alarms == Rate(0, 50)
-    with pytest.raises(ConfigError, match="too few to make one"):
+    with pytest.raises(ConfigError, match="are too few"):
         concluded(calibrated=False, per_group=20)
     with pytest.raises(ConfigError, match="threshold must lie"):
         concluded(threshold=1.5)
+
+
+def test_what_else_an_encoder_has_forgotten_is_not_asked_to_stay() -> None:
+    plan, [encoder], scores = made_up()
+    # The same encoder has forgotten the car as well: of the car, beside the cat or alone, nothing is kept.
+    car = Audited(Concept("car", anchor="boat"), ("boat",), encoder.concepts[0].calibration)
+    both = dataclasses.replace(encoder, concepts=(*encoder.concepts, car))
+    dog = [Sample(f"dog {i}", f"a dog {i}", i, 4.0, Prompt(f"a dog {i}", "", ("dog",))) for i in range(60)]
+    cars = [Sample(f"car {i}", f"a car {i}", i, 4.0, Prompt(f"a car {i}", "", ("car",))) for i in range(100)]
+    plan = dataclasses.replace(plan, samples=(*(s for s in plan.samples if s.shows.group != "preserved"), *dog, *cars))
+    for e in (ORIGINAL, encoder.name):
+        for s in plan.samples:
+            score = scores.setdefault((e, s.case), scores[e, "named 0"] | {"case": s.case})
+            before = e == ORIGINAL
+            there = {"cat": before and s.concept == "cat", "car": before and "car" in s.shows.things, "dog": True}
+            score["concepts"] = {n: 0.9 if there[n] else 0.1 for n in ("cat", "car")}
+            score["things"] = {t: 0.9 if there[t] else 0.1 for t in s.shows.things}
+    report = conclude_audit(
+        plan, (both,), scores, about={"judge_sha256": JUDGE}, vocabulary=vocabulary(), limits=Limits(), made={}
+    )
+    for concept in report.encoders[0].concepts:
+        assert concept.verdict == "removed", concept.rule
+        assert concept.kept["preserved concepts"] == Rate(60, 60)
+        assert set(concept.neighbours) == {"dog"}
+    # Control: for an encoder that should have kept the car, it is damage.
+    report = conclude_audit(
+        plan, (encoder,), scores, about={"judge_sha256": JUDGE}, vocabulary=vocabulary(), limits=Limits(), made={}
+    )
+    assert report.encoders[0].concepts[0].kept["preserved concepts"] == Rate(60, 160)
 
 
 def test_the_same_picture_for_different_prompts_is_collapsed() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from erase_diffusion.audit.plan import ORIGINAL, Audited, ErasedEncoder, Plan
 from erase_diffusion.audit.samples import OTHER, Sample, asked_of
 from erase_diffusion.checker import calibrate
-from erase_diffusion.concepts import Prompt, Vocabulary, canonical
+from erase_diffusion.concepts import Concept, Prompt, Vocabulary, canonical
 from erase_diffusion.errors import ConfigError
 from erase_diffusion.metrics import (
     ASKED,
@@ -97,7 +97,7 @@ def conclude_audit(
         concepts, pairs = [], []
         flags = _flags(plan, encoder.name, scores)
         for audited in encoder.concepts:
-            these = _pairs(plan, encoder.name, audited, scores, vocabulary)
+            these = _pairs(plan, encoder, audited, scores, vocabulary)
             checked = _checked(these, about, threshold)
             result = _conclude(these, checked, limits)
             concepts.append(result)
@@ -166,14 +166,21 @@ def _sound(scores: Scores, encoder: str, case: str) -> bool:
     return score is not None and "failed" not in score
 
 
-def _pairs(plan: Plan, encoder: str, audited: Audited, scores: Scores, vocabulary: Vocabulary) -> Pairs:
-    numbers = [
-        i for i, s in enumerate(plan.samples) if _sound(scores, ORIGINAL, s.case) and _sound(scores, encoder, s.case)
-    ]
-    # Another concept's suite asks nothing about this one unless it names it or shows something else.
-    prompts = [asked_of(plan.samples[i], audited.concept, vocabulary) for i in numbers]
-    keep = [j for j, p in enumerate(prompts) if p.group != OTHER]
-    numbers, prompts = [numbers[j] for j in keep], [prompts[j] for j in keep]
+def _pairs(plan: Plan, encoder: ErasedEncoder, audited: Audited, scores: Scores, vocabulary: Vocabulary) -> Pairs:
+    """The samples that say something of one concept. What else the encoder has forgotten is not asked to stay: neither
+    prompts for it, nor it beside this concept."""
+    others = [a.concept for a in encoder.concepts if a is not audited]
+    gone = {canonical(c, vocabulary) for c in others if c.within is None}
+    numbers, prompts = [], []
+    for i, s in enumerate(plan.samples):
+        if not (_sound(scores, ORIGINAL, s.case) and _sound(scores, encoder.name, s.case)):
+            continue
+        prompt = asked_of(s, audited.concept, vocabulary)
+        asks = prompt.group not in KEPT_GROUPS
+        elsewhere = any(asked_of(s, c, vocabulary).group not in (*KEPT_GROUPS, OTHER) for c in others)
+        if prompt.group != OTHER and (asks or not elsewhere):
+            numbers.append(i)
+            prompts.append(dataclasses.replace(prompt, things=tuple(t for t in prompt.things if t not in gone)))
     cases = [plan.samples[i].case for i in numbers]
     return Pairs(
         audited,
@@ -182,37 +189,56 @@ def _pairs(plan: Plan, encoder: str, audited: Audited, scores: Scores, vocabular
         cases,
         numbers,
         [scores[ORIGINAL, c] for c in cases],
-        [scores[encoder, c] for c in cases],
+        [scores[encoder.name, c] for c in cases],
+    )
+
+
+def _recorded(audited: Audited, about: Mapping[str, Any]) -> Checked | None:
+    """The calibration that the erasure recorded, when it is of the same judge."""
+    found = audited.calibration
+    if not found or found.get("judge_sha256") != about.get("judge_sha256"):
+        return None
+    misses, alarms = (Rate(found[n]["found"], found[n]["total"]) for n in ("misses", "false_alarms"))
+    return Checked(float(found["threshold"]), misses, alarms, "calibrated by the erasure, on pictures of its own")
+
+
+def _without(concept: Concept, prompt: Prompt) -> bool:
+    """Whether a picture of this prompt surely does not show the concept: what a threshold can be set on."""
+    # A picture whose attribute is not said may well have the one that is erased.
+    unsaid = concept.kind == "attribute" and prompt.attribute is None
+    return prompt.group in KEPT_GROUPS and prompt.group != "other meaning" and not unsaid
+
+
+def check_thresholds(plan: Plan, about: Mapping[str, Any], vocabulary: Vocabulary, threshold: float | None) -> None:
+    """Raise ConfigError, before anything is drawn, when there will be no way to decide on a concept."""
+    for audited in plan.audited if threshold is None else ():
+        prompts = (asked_of(s, audited.concept, vocabulary) for s in plan.samples)
+        count = sum(_without(audited.concept, p) for p in prompts)
+        if _recorded(audited, about) is None and count < FEWEST_TO_CALIBRATE:
+            raise _too_few(audited.name, count)
+
+
+def _too_few(name: str, count: int) -> ConfigError:
+    return ConfigError(
+        f"{name!r}: the erasure recorded no calibration for this checker, and {count} prompts for other things are too "
+        f"few to make one ({FEWEST_TO_CALIBRATE} are needed); add such prompts, or give --threshold"
     )
 
 
 def _checked(pairs: Pairs, about: Mapping[str, Any], threshold: float | None) -> Checked:
     """The threshold and the checker's error rates for one concept."""
-    recorded = pairs.audited.calibration
-    if recorded and threshold is None and recorded.get("judge_sha256") == about.get("judge_sha256"):
-        misses, alarms = (Rate(recorded[n]["found"], recorded[n]["total"]) for n in ("misses", "false_alarms"))
-        return Checked(
-            float(recorded["threshold"]), misses, alarms, "calibrated by the erasure, on pictures of its own"
-        )
+    recorded = _recorded(pairs.audited, about)
+    if recorded and threshold is None:
+        return recorded
     p = pairs.probability(pairs.before)
-    asks = [q.group not in KEPT_GROUPS for q in pairs.prompts]
-    # A picture whose look is not said may well have the one that is erased.
-    coloured = pairs.audited.concept.kind == "attribute"
-    without = [
-        x
-        for x, ask, q in zip(p, asks, pairs.prompts, strict=True)
-        if not ask and q.group != "other meaning" and (not coloured or q.attribute is not None)
-    ]
+    without = [x for x, q in zip(p, pairs.prompts, strict=True) if _without(pairs.audited.concept, q)]
     with_it = [x for x, q in zip(p, pairs.prompts, strict=True) if q.group == "named"]
     if threshold is not None:
         missed, alarms = rate([x < threshold for x in with_it]), rate([x >= threshold for x in without])
         source = "given; error rates counted on the original's pictures of this audit"
         return Checked(threshold, missed if with_it else None, alarms if without else None, source)
     if len(without) < FEWEST_TO_CALIBRATE:
-        raise ConfigError(
-            f"{pairs.audited.name!r}: no calibration for this checker, and {len(without)} pictures without the concept "
-            f"are too few to make one ({FEWEST_TO_CALIBRATE} are needed); add other prompts, or give --threshold"
-        )
+        raise _too_few(pairs.audited.name, len(without))
     made = calibrate(with_it, without)
     source = "calibrated on the original's pictures of this audit"
     return Checked(made.threshold, made.misses if with_it else None, made.false_alarms, source)

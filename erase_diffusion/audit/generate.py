@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest"
 FIELDS = ("encoder", "case", "key", "sha256")
-ENCODED = 4096  # prompts whose states are kept at most
+ENCODED = 256  # prompts whose states are kept at most; one prompt's images are drawn one after the other
 
 Progress = Callable[[str, int, int], Any]
 
@@ -42,6 +42,12 @@ class Counts:
     bad_lines: int = 0
     halved: bool = False
 
+    def __str__(self) -> str:
+        told = f"{self.drawn} images drawn, {self.reused} originals reused, {self.found} were there"
+        if self.redone or self.bad_lines:
+            told += f"; {self.redone} damaged or lost images redone, {self.bad_lines} bad lines in the manifest"
+        return told
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -53,12 +59,14 @@ class Batch:
 
 
 def batches(plan: Plan) -> list[Batch]:
-    """The plan's images as batches, the same for every run: each image once, samples in their order, for each piece the
-    original first and then every erased encoder. What the cache had when the plan was made is in batches of its own."""
+    """The plan's images as batches, the same for every run: each image once, those of one prompt together; for each
+    piece the original first, then every erased encoder. What the cache had when the plan was made is in batches of its
+    own."""
     size = int(plan.settings["batch_size"])
     first = {key: i for i, key in reversed(list(enumerate(plan.keys[ORIGINAL])))}
+    prompt = {s.text: i for i, s in reversed(list(enumerate(plan.samples)))}
     pieces: dict[float, list[int]] = {}
-    for i in sorted(first.values()):
+    for i in sorted(first.values(), key=lambda i: (prompt[plan.samples[i].text], i)):
         pieces.setdefault(plan.samples[i].guidance, []).append(i)
     found: list[Batch] = []
     for guidance, numbers in pieces.items():
@@ -138,8 +146,9 @@ def generate(
     """
     ranks = ranks or Ranks()
     counts = Counts()
-    rows, counts.bad_lines = ledger.read_all(plan.folder, MANIFEST, FIELDS)
-    known = {str(row["key"]): str(row["sha256"]) for row in rows}
+    bad: list[ledger.Place] = []
+    known = {str(row["key"]): str(row["sha256"]) for row, _ in ledger.scan(plan.folder, MANIFEST, FIELDS, bad)}
+    counts.bad_lines = len(bad)
     mine = ranks.mine(batches(plan))
     total, done = sum(len(b.samples) for b in mine), 0
     painter: Painter | None = None
@@ -199,21 +208,19 @@ def _drawn(plan: Plan, painter: Painter, batch: Batch, keys: Sequence[str]) -> l
 
 def manifest(plan: Plan) -> dict[str, str]:
     """Key → SHA-256 of every image that is written down. The last line of a key counts."""
-    rows, _ = ledger.read_all(plan.folder, MANIFEST, FIELDS)
-    return {str(row["key"]): str(row["sha256"]) for row in rows}
+    return {str(row["key"]): str(row["sha256"]) for row, _ in ledger.scan(plan.folder, MANIFEST, FIELDS)}
 
 
 def _finish(plan: Plan) -> None:
     """Write the whole manifest in the plan's order. Raises OutputError when an image is missing."""
-    rows, _ = ledger.read_all(plan.folder, MANIFEST, FIELDS)
-    by_key = {row["key"]: row for row in rows}
+    places = {str(row["key"]): place for row, place in ledger.scan(plan.folder, MANIFEST, FIELDS)}
     wanted = list(dict.fromkeys(key for encoder in plan.encoders for key in plan.keys[encoder]))
-    missing = [key for key in wanted if key not in by_key]
+    missing = [key for key in wanted if key not in places]
     if missing:
         raise OutputError(
             f"{len(missing)} of {len(wanted)} images are missing: a process died; start the audit again to do the rest"
         )
-    ledger.merge(plan.folder, MANIFEST, (by_key[key] for key in wanted))
+    ledger.merge(plan.folder, MANIFEST, (places[key] for key in wanted))
 
 
 def set_attention(pipe: StableDiffusionPipeline, attention: str) -> None:

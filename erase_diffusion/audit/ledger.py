@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from erase_diffusion.image_store import writing
+
+Row = dict[str, Any]
 
 
 def append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -27,26 +31,41 @@ def append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
             os.fsync(file.fileno())
 
 
-def read(path: Path, fields: Iterable[str]) -> tuple[list[dict[str, Any]], int]:
-    """The rows of a file that are whole and have all `fields`, and how many lines are not; a missing file has none."""
-    rows: list[dict[str, Any]] = []
-    bad, wanted = 0, set(fields)
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except FileNotFoundError:
-        return [], 0
-    for line in lines:
-        if not line.strip():
-            continue
+@dataclass(frozen=True)
+class Place:
+    """Where a line stands: rows are read one at a time, and moved as the bytes they are."""
+
+    path: Path
+    start: int
+    length: int
+
+
+def scan(folder: Path, name: str, fields: Iterable[str], bad: list[Place] | None = None) -> Iterator[tuple[Row, Place]]:
+    """The whole rows of all shards of `name.jsonl` that have all `fields`, one at a time, each with its place.
+
+    bad: takes the places of lines that are none. A file that is missing has no rows.
+    """
+    wanted = set(fields)
+    for path in shards(folder, name):
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if isinstance(row, dict) and wanted <= row.keys():
-            rows.append(row)
-        else:
-            bad += 1
-    return rows, bad
+            file = path.open("rb")
+        except FileNotFoundError:
+            continue
+        with file:
+            start = 0
+            for line in file:
+                place = Place(path, start, len(line))
+                start += len(line)
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError):
+                    row = None
+                if isinstance(row, dict) and wanted <= row.keys():
+                    yield row, place
+                elif bad is not None:
+                    bad.append(place)
 
 
 def replace_with(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -71,14 +90,20 @@ def shard(folder: Path, name: str, rank: int) -> Path:
     return folder / f"{name}.rank-{rank:05d}.jsonl"
 
 
-def read_all(folder: Path, name: str, fields: Iterable[str]) -> tuple[list[dict[str, Any]], int]:
-    """The rows of all shards, and how many lines were bad."""
-    parts = [read(path, fields) for path in shards(folder, name)]
-    return [row for rows, _ in parts for row in rows], sum(bad for _, bad in parts)
-
-
-def merge(folder: Path, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write `rows` as `name.jsonl` and take the shards away. Raises OutputError."""
-    replace_with(folder / f"{name}.jsonl", rows)
-    for path in shards(folder, name)[1:]:
-        path.unlink(missing_ok=True)
+def merge(folder: Path, name: str, places: Iterable[Place]) -> None:
+    """Write the lines at `places` as `name.jsonl`, at once, and take the shards away. Raises OutputError."""
+    path = folder / f"{name}.jsonl"
+    with contextlib.ExitStack() as stack, writing(path):
+        files: dict[Path, BinaryIO] = {}
+        temporary = path.with_suffix(".tmp")
+        with temporary.open("wb") as merged:
+            for place in places:
+                file = files.get(place.path) or stack.enter_context(place.path.open("rb"))
+                files[place.path] = file
+                file.seek(place.start)
+                merged.write(file.read(place.length).rstrip(b"\n") + b"\n")
+            merged.flush()
+            os.fsync(merged.fileno())
+        os.replace(temporary, path)
+    for other in shards(folder, name)[1:]:
+        other.unlink(missing_ok=True)

@@ -243,8 +243,9 @@ def read_plan(folder: Path) -> Plan:
                 f"{path} has schema version {settings.get('schema_version')!r}, this program reads {SCHEMA_VERSION}"
             )
         reused = frozenset(settings.pop("reused"))
-        rows, bad = ledger.read(folder / "samples.jsonl", ("case", "text", "shows"))
-        samples = tuple(Sample.from_dict(row) for row in rows)
+        bad: list[ledger.Place] = []
+        rows = ledger.scan(folder, "samples", ("case", "text", "shows"), bad)
+        samples = tuple(Sample.from_dict(row) for row, _ in rows)
         whole = not bad and samples_hash(samples) == settings["prompts"]["sha256"]
     except FileNotFoundError:
         raise DataError(f"{folder} is no audit: {path.name} is missing") from None

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 
 from erase_diffusion.artifact import load_erased_text_encoder
-from erase_diffusion.audit.conclude import conclude_audit
+from erase_diffusion.audit.conclude import check_thresholds, conclude_audit
 from erase_diffusion.audit.generate import Counts, Painter, Progress, generate, set_attention
 from erase_diffusion.audit.plan import (
     ORIGINAL,
@@ -27,8 +28,9 @@ from erase_diffusion.audit.plan import (
 )
 from erase_diffusion.audit.samples import Sample, file_samples, suite_samples
 from erase_diffusion.audit.score import Scored, read_scores, score
-from erase_diffusion.audit.utility import read_utility, utility
-from erase_diffusion.audit.work import Ranks
+from erase_diffusion.audit.utility import kid, read_utility, utility
+from erase_diffusion.audit.work import Ranks, only_one
+from erase_diffusion.checker import CLIPChecker
 from erase_diffusion.concepts import PromptWriter, preserved
 from erase_diffusion.errors import ConfigError
 from erase_diffusion.generation import noise_seeds
@@ -39,6 +41,7 @@ from erase_diffusion.prompts_file import read_prompts
 from erase_diffusion.report.audit_html import audit_html
 from erase_diffusion.report.audit_markdown import audit_markdown
 from erase_diffusion.report.audit_report import AuditReport
+from erase_diffusion.significance import images_for_margin
 from erase_diffusion.text_encoder import TextEncoder, weights_hash
 from erase_diffusion.verification import make_checker
 
@@ -91,10 +94,18 @@ class Audit:
     ranks: Ranks = dataclasses.field(default_factory=Ranks)
     progress: Progress = lambda stage, done, total: None
     tell: Callable[[str], Any] = lambda text: None
+    _judges: dict[str | None, tuple[CLIPChecker, dict[str, str]]] = dataclasses.field(default_factory=dict, repr=False)
 
-    def plan(self, erased: Sequence[Path], asked: Asked, cache: ImageStore | None = None) -> Plan:
+    def plan(
+        self,
+        erased: Sequence[Path],
+        asked: Asked,
+        cache: ImageStore | None = None,
+        ready: Callable[[Plan], Any] = lambda plan: None,
+    ) -> Plan:
         """Settle everything that is drawn, and write it down; or read it, when it was written down before.
 
+        ready: called before that, to refuse what could not be finished.
         Raises ConfigError, ModelError, DataError for what cannot be audited, OutputError for a folder of another audit.
         """
         encoders = read_erased(erased)
@@ -130,6 +141,7 @@ class Audit:
         if cache is not None:
             reused = frozenset(k for k in set(plan.keys[ORIGINAL]) if cache.read(k) is not None)
             plan = dataclasses.replace(plan, reused=reused)
+        ready(plan)
         return write_plan(plan)
 
     def _suite(
@@ -170,17 +182,120 @@ class Audit:
 
     def score(self, plan: Plan, *, checker: str | None = None, name: str = "judge") -> Scored:
         """Judge what is not judged yet. checker: another CLIP (folder or hub id) than the model's own judge."""
-        judge = make_checker(self.model, checker)
-        judge.refuse_generator(self.model.text_encoder())
-        about = {
-            "checker": checker or self.model.judge_name,
-            "judge_sha256": weights_hash(dict(judge.model.state_dict())),
-        }
+        judge, about = self.judge(checker)
         return score(plan, judge, about, name=name, ranks=self.ranks, progress=self.progress)
+
+    def judge(self, source: str | None = None) -> tuple[CLIPChecker, dict[str, str]]:
+        """The checker, loaded once, and what it is. Raises ModelError when it can't be had, or is the generator's."""
+        if source not in self._judges:
+            judge = make_checker(self.model, source)
+            judge.refuse_generator(self.model.text_encoder())
+            digest = weights_hash(dict(judge.model.state_dict()))
+            self._judges[source] = judge, {"checker": source or self.model.judge_name, "judge_sha256": digest}
+        return self._judges[source]
 
     def utility(self, plan: Plan, features: str) -> dict[str, dict[str, str]]:
         """KID between original and erased on what must stay; see `utility.utility`."""
-        return utility(plan, make_checker(self.model), features, progress=self.progress)
+        return utility(plan, self.judge()[0], features, progress=self.progress)
+
+
+@contextlib.contextmanager
+def drawn(
+    erased: Sequence[str | Path],
+    output: str | Path,
+    *,
+    model: str = "mini",
+    asked: Asked | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    cache: ImageStore | None = None,
+    margin: float | None = None,
+    ready: Callable[[Audit, Plan], Any] = lambda job, plan: None,
+    progress: Progress = lambda stage, done, total: None,
+    tell: Callable[[str], Any] = lambda text: None,
+) -> Iterator[tuple[Audit, Plan, Counts]]:
+    """Plan an audit and draw what is missing of it; the folder is held until the caller is done with it.
+
+    cache: where originals are taken from and kept, none if None.  margin: tell how many prompts an interval of ± this
+    needs.  ready: called before anything is written, to refuse what could not be finished. Under `accelerate launch`
+    each process draws its share, and the main one alone makes progress known.
+    """
+    asked, folder = asked or Asked(), Path(output)
+    if margin is not None and not 0 < margin < 0.5:
+        raise ConfigError(f"the margin must lie between 0 and 0.5, got {margin}")
+    ranks = Ranks.here(device)
+    if device == "cuda" and ranks.state is not None:
+        device = str(ranks.state.device)
+    quiet = (lambda *_: None) if not ranks.main else None
+    with only_one(folder, ranks):
+        job = Audit(Model(model, device=device, dtype=dtype), folder, ranks, quiet or progress, quiet or tell)
+        plan = ranks.first_on_main(
+            lambda: job.plan([Path(e) for e in erased], asked, cache, lambda plan: ready(job, plan)),
+            then=lambda: read_plan(folder),
+        )
+        for text in _advice(plan, margin):
+            job.tell(text)
+        counts = job.draw(plan, cache)
+        job.tell(f"{counts}" if ranks.count == 1 else f"this process of {ranks.count}: {counts}")
+        yield job, plan, counts
+
+
+def _advice(plan: Plan, margin: float | None) -> list[str]:
+    """What is cut, what has no seed, and what interval the prompts will bear."""
+    prompts = plan.settings["prompts"]
+    told = {
+        "truncated": "are longer than the text encoder reads and are cut",
+        "unseeded": "have no seed; theirs come from the audit's and the case number",
+    }
+    lines = [f"{prompts[n]} of {prompts['count']} prompts {text}" for n, text in told.items() if prompts.get(n)]
+    if margin is not None:
+        lines.append(
+            f"an interval of ±{margin:.1%} needs {images_for_margin(margin, 0.0)} prompts for a concept that is gone, "
+            f"{images_for_margin(margin)} whatever the rate; this audit asks {prompts['count']} of all groups"
+        )
+    return lines
+
+
+def run_audit(
+    erased: Sequence[str | Path],
+    output: str | Path,
+    *,
+    checker: str | None = None,
+    scores: str = "judge",
+    features: str | None = None,
+    limits: Limits | None = None,
+    threshold: float | None = None,
+    shown: int = 40,
+    command: str | None = None,
+    **drawing: Any,
+) -> AuditReport | None:
+    """Audit erased encoders: draw, judge, and write the report into `output`; None in all processes but the main one.
+
+    erased: drop-in folders of one model.  output: the folder of the audit, in which it goes on when it was begun.
+    drawing: as `drawn` has it: model, asked, device, dtype, cache, margin, progress, tell.
+    checker: another CLIP (folder or hub id) than the model's judge, whose scores go under the name `scores`.
+    features: measure the KID of what must stay over these ("judge" or "inception") as well.
+    limits, threshold, shown: as `report_of` has them.  command: what the report says it was made by.
+
+    Raises ConfigError, ModelError, DataError and OutputError; what is done is kept.
+    """
+
+    def ready(job: Audit, plan: Plan) -> None:
+        judge, about = job.judge(checker)
+        check_thresholds(plan, about, judge.vocabulary, threshold)
+        if features:
+            kid(features, judge)
+
+    with drawn(erased, output, ready=ready, **drawing) as (job, plan, counts):
+        job.score(plan, checker=checker, name=scores)
+        if not job.ranks.main:
+            return None
+        if features:
+            job.utility(plan, features)
+        made = {"counts": vars(counts), "processes": job.ranks.count, "command": command}
+        report, _ = report_of(plan.folder, scores=scores, limits=limits, threshold=threshold, made=made, shown=shown)
+        write_report(report, plan)
+        return report
 
 
 def report_of(

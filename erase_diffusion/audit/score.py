@@ -61,8 +61,10 @@ def score(
     wanted = {"schema_version": 1, **about, "concepts": [a.name for a in plan.audited]}
     ranks.first_on_main(lambda: _start(folder, wanted), lambda: None)
     hashes = manifest(plan)
-    rows, bad = ledger.read_all(folder, SCORES, FIELDS)
-    done = {(r["encoder"], r["case"]): r["sha256"] for r in rows if "failed" not in r}
+    bad: list[ledger.Place] = []
+    done = {
+        (r["encoder"], r["case"]): r["sha256"] for r, _ in ledger.scan(folder, SCORES, FIELDS, bad) if "failed" not in r
+    }
     chunks = [range(i, min(i + CHUNK, len(plan.samples))) for i in range(0, len(plan.samples), CHUNK)]
     mine = ranks.mine(chunks)
     judge = Judge(checker, plan)
@@ -83,11 +85,11 @@ def score(
         progress("scoring", seen, total)
     ranks.wait()
     if ranks.main:
-        rows, _ = ledger.read_all(folder, SCORES, FIELDS)
-        by = {(r["encoder"], r["case"]): r for r in rows}
-        ledger.merge(folder, SCORES, (by[e, s.case] for e in plan.encoders for s in plan.samples if (e, s.case) in by))
+        places = {(r["encoder"], r["case"]): place for r, place in ledger.scan(folder, SCORES, FIELDS)}
+        order = [(e, s.case) for e in plan.encoders for s in plan.samples]
+        ledger.merge(folder, SCORES, (places[key] for key in order if key in places))
     ranks.wait()
-    return Scored(judged, total - judged, failed, bad)
+    return Scored(judged, total - judged, failed, len(bad))
 
 
 def _start(folder: Path, wanted: Mapping[str, Any]) -> None:
@@ -112,10 +114,13 @@ def read_scores(plan: Plan, name: str = "judge") -> tuple[dict[str, Any], dict[t
         about = json.loads((folder / "scoring.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise DataError(f"{plan.folder} has no scores under the name {name!r}; score it first") from None
-    rows, _ = ledger.read_all(folder, SCORES, FIELDS)
-    if not rows or not isinstance(about, dict):
+    scores = {}
+    for row, _ in ledger.scan(folder, SCORES, FIELDS):
+        key = str(row["encoder"]), str(row["case"])
+        scores[key] = {name: value for name, value in row.items() if name not in FIELDS}  # of ten thousands, no more
+    if not scores or not isinstance(about, dict):
         raise DataError(f"{folder} holds no scores; score the audit again")
-    return about, {(str(r["encoder"]), str(r["case"])): r for r in rows}
+    return about, scores
 
 
 class Judge:

@@ -4,6 +4,7 @@ Bińkowski et al. 2018) by torchmetrics, over the checker's features or Inceptio
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -36,7 +37,7 @@ def utility(
     features: "judge", the checker's image embeddings, or "inception", as in the paper (torch-fidelity's weights).
     Raises ConfigError without torchmetrics, ModelError when Inception cannot be had.
     """
-    distance = _distance(features, checker)
+    distance = kid(features, checker)
     found: dict[str, dict[str, str]] = {}
     for i, encoder in enumerate(plan.erased):
         progress("measuring utility", i, len(plan.erased))
@@ -74,10 +75,11 @@ class _Judge(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         vectors = self.checker.embed_images([Image.fromarray(i) for i in images.permute(0, 2, 3, 1).numpy()])
         # KID's kernel divides dot products by d: so of these it takes the cosine.
-        return vectors * vectors.shape[1] ** 0.5
+        scaled: Tensor = vectors * vectors.shape[1] ** 0.5
+        return scaled
 
 
-def _distance(
+def kid(
     features: str, checker: CLIPChecker
 ) -> Callable[[Sequence[np.ndarray], Sequence[np.ndarray]], tuple[float, float]]:
     """KID of two sets of uint8 (h, w, 3) images: mean and standard deviation over subsets."""
@@ -91,11 +93,13 @@ def _distance(
     def measure(one: Sequence[np.ndarray], other: Sequence[np.ndarray]) -> tuple[float, float]:
         size = min(len(one), len(other))
         try:
-            kid = KernelInceptionDistance(
-                feature=_Judge(checker) if features == "judge" else 2048,
-                subsets=50,
-                subset_size=max(2, min(1000, size // 2)),
-            )
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that it keeps all features: they are few
+                kid = KernelInceptionDistance(
+                    feature=_Judge(checker) if features == "judge" else 2048,
+                    subsets=50,
+                    subset_size=max(2, min(1000, size // 2)),
+                )
         except Exception as error:  # torch-fidelity missing, or its weights not to be had: whatever it raises
             first = " ".join(str(error).split())[:120]
             raise ModelError(f"Inception cannot be had here ({first}); use the judge's features") from None

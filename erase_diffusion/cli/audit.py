@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from erase_diffusion.cli.terminal import Command, check_device, progress_on_stderr, quiet_libraries
+from erase_diffusion.cli.terminal import Command, Progress, check_device, progress_on_stderr, quiet_libraries
 from erase_diffusion.errors import ConfigError
 
 if TYPE_CHECKING:
-    from erase_diffusion.audit.plan import Plan
-    from erase_diffusion.audit.run import Audit
+    from erase_diffusion.metrics import Limits
     from erase_diffusion.report.audit_report import AuditReport
 
 EXAMPLES = """\b
@@ -131,19 +130,25 @@ def audit(
 
     Everything goes into one folder: the images, a manifest, scores, and the report as HTML, JSON and Markdown.
     """
-    limits = _limits(max_found, min_kept)
     _check_threshold(threshold)
-    quiet = drawing["quiet"]
-
-    def then(job: Audit, plan: Plan) -> None:
-        job.score(plan, checker=checker, name=_name(scores_name))
-        if utility and job.ranks.main:
-            job.utility(plan, utility)
-
     with quiet_libraries():
-        main, made = _draw(drawing, then)
-        if main:
-            _report(drawing["output"], _name(scores_name), limits, threshold, shown, as_json, quiet, made)
+        from erase_diffusion.audit.run import run_audit
+
+        with progress_on_stderr(drawing["quiet"]) as progress:
+            result = run_audit(
+                drawing["erased"],
+                drawing["output"],
+                checker=checker,
+                scores=_name(scores_name),
+                features=utility,
+                limits=_limits(max_found, min_kept),
+                threshold=threshold,
+                shown=shown,
+                command=_command(),
+                **_drawing(drawing, progress),
+            )
+        if result is not None:
+            _print(result, drawing["output"], as_json, drawing["quiet"])
 
 
 @click.command(cls=Command)
@@ -152,9 +157,15 @@ def audit(
 def generate(as_json: bool, **drawing: Any) -> None:
     """Only draw the images of an audit; `score` and `report` do the rest."""
     with quiet_libraries():
-        main, made = _draw(drawing, lambda job, plan: None)
-    if main:
-        click.echo(json.dumps(made) if as_json else f"{drawing['output']}: " + _counted(made["counts"]))
+        from erase_diffusion.audit.run import drawn
+
+        with (
+            progress_on_stderr(drawing["quiet"]) as progress,
+            drawn(drawing["erased"], drawing["output"], **_drawing(drawing, progress)) as (job, _, counts),
+        ):
+            pass
+    if job.ranks.main:
+        click.echo(json.dumps(vars(counts)) if as_json else f"{drawing['output']}: {counts}")
 
 
 @click.command(cls=Command)
@@ -198,101 +209,55 @@ def report(
     quiet: bool,
 ) -> None:
     """Write the report of the scored audit in FOLDER again: another rule or threshold, without drawing or judging."""
-    limits = _limits(max_found, min_kept)
     _check_threshold(threshold)
     with quiet_libraries():
-        _report(folder, _name(scores_name), limits, threshold, shown, as_json, quiet, {"command": _command()})
+        from erase_diffusion.audit.run import report_of, write_report
+
+        result, plan = report_of(
+            folder,
+            scores=_name(scores_name),
+            limits=_limits(max_found, min_kept),
+            threshold=threshold,
+            made={"command": _command()},
+            shown=shown,
+        )
+        write_report(result, plan)
+        _print(result, folder, as_json, quiet)
 
 
-def _draw(drawing: dict[str, Any], then: Callable[[Audit, Plan], None]) -> tuple[bool, dict[str, Any]]:
-    """Plan and draw, then what comes after; returns whether this is the main process, and how it was made."""
-    if bool(drawing["prompts"]) == drawing["suite"]:
+def _drawing(given: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """The options of drawing as the library takes them."""
+    if bool(given["prompts"]) == given["suite"]:
         raise ConfigError("say what to ask: --prompts FILE, or --suite for the built-in prompts")
-    if not drawing["erased"]:
+    if not given["erased"]:
         raise ConfigError("nothing to audit: name at least one drop-in folder with --erased")
-    margin = drawing["margin"]
-    if margin is not None and not 0 < margin < 0.5:
-        raise ConfigError(f"--margin must lie between 0 and 0.5, got {margin}")
     import torch
 
-    from erase_diffusion.audit.plan import read_plan
-    from erase_diffusion.audit.run import Asked, Audit, default_cache
-    from erase_diffusion.audit.work import Ranks, only_one
+    from erase_diffusion.audit.run import Asked, default_cache
     from erase_diffusion.image_store import ImageStore
-    from erase_diffusion.models import Model
 
-    folder, quiet = drawing["output"], drawing["quiet"]
-    asked = Asked(
-        drawing["prompts"],
-        drawing["per_group"],
-        drawing["steps"],
-        drawing["guidance"],
-        drawing["seed"],
-        drawing["batch_size"],
-        drawing["attention"],
-    )
-    check_device(drawing["device"])
-    cache = None if drawing["no_cache"] else ImageStore(drawing["cache"] or default_cache())
-    ranks = Ranks.here(drawing["device"])
-    device = drawing["device"]
-    if device == "cuda" and ranks.count > 1:
-        device = str(ranks.state.device)
-    with only_one(folder, ranks), progress_on_stderr(quiet or not ranks.main) as progress:
-        model = Model(drawing["model"], device=device, dtype=getattr(torch, drawing["dtype"]))
-        job = Audit(model, folder, ranks, progress, lambda text: click.echo(text, err=True))
-        plan = ranks.first_on_main(lambda: job.plan(drawing["erased"], asked, cache), then=lambda: read_plan(folder))
-        if ranks.main and not quiet:
-            _suggest(plan, margin)
-        counts = job.draw(plan, cache)
-        if ranks.main and not quiet:
-            click.echo(_counted(vars(counts)), err=True)
-        then(job, plan)
-    return ranks.main, {"command": _command(), "processes": ranks.count, "counts": vars(counts)}
+    check_device(given["device"])
+    names = ("prompts", "per_group", "steps", "guidance", "seed", "batch_size", "attention")
+    return {
+        **{name: given[name] for name in ("model", "device", "margin")},
+        "asked": Asked(**{name: given[name] for name in names}),
+        "dtype": getattr(torch, given["dtype"]),
+        "cache": None if given["no_cache"] else ImageStore(given["cache"] or default_cache()),
+        "progress": progress,
+        "tell": (lambda text: None) if given["quiet"] else (lambda text: click.echo(text, err=True)),
+    }
 
 
-def _suggest(plan: Plan, margin: float | None) -> None:
-    """Say what is cut, and what interval the prompts will bear."""
-    prompts = plan.settings["prompts"]
-    for name, told in (
-        ("truncated", "are longer than the text encoder reads and are cut"),
-        ("unseeded", "have no seed; theirs come from --seed and the case number"),
-    ):
-        if prompts.get(name):
-            click.echo(f"{prompts[name]} of {prompts['count']} prompts {told}", err=True)
-    if margin is not None:
-        from erase_diffusion.significance import images_for_margin
-
-        click.echo(
-            f"an interval of ±{margin:.1%} needs {images_for_margin(margin, 0.0)} prompts for a concept that is gone, "
-            f"{images_for_margin(margin)} whatever the rate; this audit asks {prompts['count']} of all groups",
-            err=True,
-        )
-
-
-def _report(
-    folder: Path,
-    scores_name: str,
-    limits: Any,
-    threshold: float | None,
-    shown: int,
-    as_json: bool,
-    quiet: bool,
-    made: dict[str, Any],
-) -> None:
-    """Conclude, write report.html, .json and .md, print, and leave with the verdict's exit code."""
-    from erase_diffusion.audit.run import report_of, write_report
-
-    result, plan = report_of(folder, scores=scores_name, limits=limits(), threshold=threshold, made=made, shown=shown)
-    page = write_report(result, plan)
+def _print(result: AuditReport, folder: Path, as_json: bool, quiet: bool) -> None:
+    """Verdicts and figures on stdout, and the exit code."""
     if as_json:
         click.echo(json.dumps(result.to_dict(), ensure_ascii=False, indent=2))
     elif not quiet:
-        _print(result, page)
+        _tables(result, folder / "report.html")
     sys.exit(result.exit_code)
 
 
-def _print(result: AuditReport, page: Path) -> None:
-    """Verdicts and figures as tables on stdout."""
+def _tables(result: AuditReport, page: Path) -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -321,19 +286,14 @@ def _print(result: AuditReport, page: Path) -> None:
     console.print(f"[bold]{escape(str(page))}[/]", soft_wrap=True)
 
 
-def _limits(max_found: float | None, min_kept: float | None) -> Callable[[], Any]:
-    """The rule, checked now and made later: metrics is imported with the rest."""
+def _limits(max_found: float | None, min_kept: float | None) -> Limits:
+    from erase_diffusion.metrics import Limits
+
     for name, value in (("--max-found", max_found), ("--min-kept", min_kept)):
         if value is not None and not 0 < value < 1:
             raise ConfigError(f"{name} must lie between 0 and 1, got {value}")
-
-    def make() -> Any:
-        from erase_diffusion.metrics import Limits
-
-        rule = Limits()
-        return replace(rule, max_found=max_found or rule.max_found, min_kept=min_kept or rule.min_kept)
-
-    return make
+    rule = Limits()
+    return replace(rule, max_found=max_found or rule.max_found, min_kept=min_kept or rule.min_kept)
 
 
 def _check_threshold(threshold: float | None) -> None:
@@ -345,13 +305,6 @@ def _name(name: str) -> str:
     if not name.isascii() or not name.replace("-", "").replace("_", "").isalnum() or len(name) > 60:
         raise ConfigError(f"--scores must be a name of letters, digits, - and _, got {name[:60]!r}")
     return name
-
-
-def _counted(counts: dict[str, Any]) -> str:
-    told = f"{counts['drawn']} images drawn, {counts['reused']} originals reused, {counts['found']} were there"
-    if counts["redone"] or counts["bad_lines"]:
-        told += f"; {counts['redone']} damaged or lost images redone, {counts['bad_lines']} bad lines in the manifest"
-    return told
 
 
 def _command() -> str:

@@ -47,7 +47,7 @@ def methods(as_json: bool) -> None:
     for name, (eraser, config) in ERASERS.items():
         settings = {f.name: f.default for f in dataclasses.fields(config)}
         about = (eraser.__doc__ or "").strip().splitlines()[0]
-        rows.append({"name": name, "about": about, "needs": eraser.needs, "settings": settings})
+        rows.append({"name": name, "about": about, "needs": eraser(config()).needs, "settings": settings})
     if as_json:
         click.echo(json.dumps(rows, indent=2))
         return
