@@ -115,17 +115,20 @@ class CLIPChecker:
         labels = torch.stack([self._ensemble(h) for h in hypotheses])
         return (float(self.model.logit_scale.detach().exp()) * embeddings @ labels.T).softmax(-1)
 
-    def things(self, embeddings: Tensor, names: Mapping[str, str] | None = None) -> dict[str, Tensor]:
+    def things(
+        self, embeddings: Tensor, names: Mapping[str, str] | None = None, *, paired: Sequence[str] | None = None
+    ) -> dict[str, Tensor]:
         """Probability (n,) that each object or character is in the picture.
 
-        names: extra name → word to look for beside the vocabulary's.
+        names: extra name → word to look for beside the vocabulary's.  paired: with which names pairs are formed when
+        there are too many for all; `names` if None.
         """
         words = {n: n for n in (*self.vocabulary.objects, *self.vocabulary.characters)} | dict(names or {})
         if len(words) < 2:
             raise ConfigError(f"zero-shot detection needs at least two concepts to choose from, got {list(words)}")
         single = [(n,) for n in words]
-        paired = list(words) if len(words) <= MAX_PAIRED else list(names or {})
-        pairs = [p for p in itertools.combinations(words, 2) if len(words) <= MAX_PAIRED or set(p) & set(paired)]
+        some = list(names or {}) if paired is None else paired
+        pairs = [p for p in itertools.combinations(words, 2) if len(words) <= MAX_PAIRED or set(p) & set(some)]
         held: list[tuple[str, ...]] = [(), *single, *pairs]
         wordings: list[list[str]] = [self._nothing()]
         for combination in held[1:]:

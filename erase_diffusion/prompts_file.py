@@ -67,6 +67,8 @@ def read_prompts(path: Path, *, seed: int = 0) -> PromptFile:
     no number of at least 0.
     """
     kind = path.suffix.lower()
+    if kind not in (".csv", ".jsonl", ".json", ".txt"):
+        raise DataError(f"{path}: prompts are read from .csv, .jsonl and .txt files")
     lines = _Lines(path)
     rows = _csv_rows(lines) if kind == ".csv" else _json_rows(lines) if kind in (".jsonl", ".json") else _text(lines)
     prompts: list[CasePrompt] = []
@@ -151,8 +153,9 @@ def _csv_rows(lines: _Lines) -> Iterator[tuple[int, dict[str, str]]]:
                 continue
             if header is None:
                 header = [name.strip() for name in row]
-                twice = {name for name in header if header.count(name) > 1}
-                if twice or not set(map(str.lower, header)) & set(NAMES["prompt"]):
+                lower = [name.lower() for name in header]
+                twice = {name for name in lower if lower.count(name) > 1}
+                if twice or not set(lower) & set(NAMES["prompt"]):
                     fault = f"names {sorted(twice)[0]!r} twice" if twice else "has no column prompt"
                     raise DataError(f"{lines.path}, line {where}: the header {fault}; got {', '.join(header)[:120]}")
                 continue
@@ -175,6 +178,8 @@ def _json_rows(lines: _Lines) -> Iterator[tuple[int, dict[str, str]]]:
             raise DataError(f"{where}: no JSON object on a line of its own ({str(error)[:80]})") from None
         if not isinstance(row, dict):
             raise DataError(f"{where}: must be an object with a prompt, it is a {type(row).__name__}")
+        if any(n in row and not isinstance(row[n], str) for n in NAMES["prompt"]):
+            raise DataError(f"{where}: the prompt must be text")
         yield (
             lines.number,
             {
@@ -193,14 +198,15 @@ def _text(lines: _Lines) -> Iterator[tuple[int, dict[str, str]]]:
 
 def _case(row: Mapping[str, str], where: str, fallback: str, seed: int) -> tuple[CasePrompt, bool]:
     """The checked prompt of a row, and whether it brought a seed."""
-    found: dict[str, str] = {}
-    other: dict[str, str] = {}
     for name, value in row.items():
-        field_name = next((f for f, names in NAMES.items() if name.lower() in names and f not in found), None)
-        if field_name is None:
-            other[name] = value
-        else:
-            found[field_name] = value.strip()
+        try:
+            f"{name}{value}".encode()
+        except UnicodeEncodeError:
+            raise DataError(f"{where}: {name!r} holds half of a surrogate pair, which is no text") from None
+    lower = {name.lower(): name for name in row}
+    taken = {f: next((lower[n] for n in names if n in lower), None) for f, names in NAMES.items()}
+    found = {f: row[name].strip() for f, name in taken.items() if name is not None}
+    other = {name: value for name, value in row.items() if name not in taken.values()}
     text = found.get("prompt", "")
     if not text:
         raise DataError(f"{where}: the prompt is {'empty' if 'prompt' in found else 'missing'}")

@@ -14,14 +14,16 @@ import pytest
 
 from erase_diffusion.audit.conclude import conclude_audit
 from erase_diffusion.audit.plan import ORIGINAL, Audited, ErasedEncoder, Plan
-from erase_diffusion.audit.samples import Sample
+from erase_diffusion.audit.samples import Sample, asked_of, file_samples
 from erase_diffusion.concepts import Concept, Prompt
 from erase_diffusion.errors import ConfigError
 from erase_diffusion.metrics import Limits, Rate
 from erase_diffusion.mini.vocabulary import vocabulary
+from erase_diffusion.prompts_file import CasePrompt
+from erase_diffusion.report import charts
 from erase_diffusion.report.audit_html import audit_html
 from erase_diffusion.report.audit_markdown import audit_markdown
-from erase_diffusion.report.audit_report import AuditReport
+from erase_diffusion.report.audit_report import AuditReport, ConceptResult
 
 CHROMIUM = next((p for p in ("/usr/bin/chromium", "/usr/bin/google-chrome") if Path(p).exists()), None)
 JUDGE = "f" * 64
@@ -200,6 +202,69 @@ def test_what_else_an_encoder_has_forgotten_is_not_asked_to_stay() -> None:
         plan, (encoder,), scores, about={"judge_sha256": JUDGE}, vocabulary=vocabulary(), limits=Limits(), made={}
     )
     assert report.encoders[0].concepts[0].kept["preserved concepts"] == Rate(60, 160)
+
+
+def audit_of(prompts: list[CasePrompt], concept: Concept, things: dict[str, tuple[float, float]]) -> ConceptResult:
+    """What is concluded of a file's prompts when concept and things are seen as given, before and after."""
+    plan, [encoder], _ = made_up()
+    audited = dataclasses.replace(encoder.concepts[0], concept=concept)
+    encoder = dataclasses.replace(encoder, concepts=(audited,))
+    plan = dataclasses.replace(plan, samples=tuple(file_samples(prompts, vocabulary(), 4.0)))
+    scores = {}
+    for side, e in enumerate((ORIGINAL, encoder.name)):
+        for s in plan.samples:
+            asks = asked_of(s, concept, vocabulary()).group in ("named", "synonym")
+            scores[e, s.case] = {
+                **{"flags": [], "print": s.case, "clip_score": 50.0, "distance": 9.0 * side},
+                "concepts": {audited.name: 0.9 if asks and not side else 0.1},
+                "things": {t: things.get(t, (0.9, 0.9))[side] for t in s.shows.things},
+                **({"style": not side} if s.artist else {}),
+            }
+    about = {"judge_sha256": JUDGE}
+    report = conclude_audit(
+        plan, (encoder,), scores, about=about, vocabulary=vocabulary(), limits=Limits(), made={}, threshold=0.5
+    )
+    return report.encoders[0].concepts[0]
+
+
+def test_nothing_is_preserved_when_nothing_that_must_stay_was_asked() -> None:
+    prompts = [CasePrompt(f"{i}", f"a cat {i}", i) for i in range(200)]
+    result = audit_of(prompts, Concept("cat"), {})
+    assert result.verdict == "removed" and result.exit_code == 15
+    assert result.damaged == ("preserved concepts",)
+    # Control: with a hundred of something else, it is.
+    prompts += [CasePrompt(f"car {i}", f"a car {i}", i) for i in range(100)]
+    assert audit_of(prompts, Concept("cat"), {}).exit_code == 0
+
+
+def test_the_same_noise_again_proves_nothing_more() -> None:
+    result = audit_of([CasePrompt(f"{i}", "a cat", 5) for i in range(200)], Concept("cat"), {})
+    assert result.asked is not None and result.asked.after.total == 1
+    assert result.verdict == "inconclusive"
+
+
+@pytest.mark.parametrize(
+    ("concept", "label", "artist"),
+    [
+        (Concept("English springer"), "english springer", None),
+        (Concept("tench", aliases=("Tinca tinca",)), "tinca tinca", None),
+        (Concept("Vincent van Gogh", "style"), None, "vincent van gogh"),
+    ],
+)
+def test_what_is_erased_is_not_asked_to_stay_however_it_is_spelt(
+    concept: Concept, label: str | None, artist: str | None
+) -> None:
+    prompts = [CasePrompt(f"{i}", f"one {i}", i, label=label, artist=artist) for i in range(200)]
+    prompts += [CasePrompt(f"car {i}", f"a car {i}", i, label="car") for i in range(100)]
+    result = audit_of(prompts, concept, {label or "": (0.9, 0.1)})
+    assert (result.verdict, result.damaged) == ("removed", ()), result.kept
+
+
+def test_a_folders_name_is_drawn_as_it_is() -> None:
+    report = concluded()
+    for name in ("a$x_$", "_hidden", "$"):
+        renamed = [dataclasses.replace(e, name=name) for e in report.encoders]
+        assert name.lstrip("_") in str(charts.forgetting_retention(renamed))
 
 
 def test_the_same_picture_for_different_prompts_is_collapsed() -> None:

@@ -89,7 +89,8 @@ def test_a_file_without_prompts_is_refused(tmp_path: Path, text: str) -> None:
 
 
 def test_json_that_is_none_is_refused(tmp_path: Path) -> None:
-    for text in ("{", "[1]", '{"text": 3, "seed": ' + "[" * 100_000, '{"seed": 1}'):
+    half = '{"prompt": "half a pair ' + chr(92) + 'ud83d"}'
+    for text in ("{", "[1]", half, '{"prompt": ["a cat"]}', '{"text": 3, "seed": ' + "[" * 100_000, '{"seed": 1}'):
         with pytest.raises(DataError, match="line 1"):
             read(tmp_path, text, "prompts.jsonl")
 
@@ -116,3 +117,12 @@ def test_real_prompt_files() -> None:
     paintings = read_prompts(SHARED / "vangogh.csv").prompts
     assert all(p.artist == "Vincent van Gogh" for p in paintings)
     assert paintings[0].text == "A Wheatfield, with Cypresses by Vincent van Gogh"
+
+
+def test_the_fields_own_names_go_before_others(tmp_path: Path) -> None:
+    [one] = read(tmp_path, "text,Prompt,seed,evaluation_seed,id,case_number\nnot me,a cat,1,2,x,y\n").prompts
+    assert (one.text, one.seed, one.case, one.other) == ("a cat", 2, "y", {"text": "not me", "seed": "1", "id": "x"})
+    with pytest.raises(DataError, match="twice"):
+        read(tmp_path, "Prompt,prompt\na,b\n")
+    with pytest.raises(DataError, match=r"\.csv, \.jsonl and \.txt"):
+        read(tmp_path, "prompt\ta cat\n", "prompts.tsv")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from erase_diffusion.audit.plan import ORIGINAL, Audited, ErasedEncoder, Plan
-from erase_diffusion.audit.samples import OTHER, Sample, asked_of
+from erase_diffusion.audit.samples import OTHER, Sample, asked_of, without
 from erase_diffusion.checker import calibrate
 from erase_diffusion.concepts import Concept, Prompt, Vocabulary, canonical
 from erase_diffusion.errors import ConfigError
@@ -65,7 +65,11 @@ class Pairs:
         return {
             "concept": [p >= threshold for p in self.probability(side)],
             "others": others,
-            **{name: [s.get(name) for s in side] for name in ("attribute", "place", "style")},
+            **{
+                # Judged for what the prompt says, counted for what of that must stay.
+                name: [s.get(name) if getattr(q, name) else None for q, s in zip(self.prompts, side, strict=True)]
+                for name in ("attribute", "place", "style")
+            },
         }
 
 
@@ -105,7 +109,7 @@ def conclude_audit(
             tests |= {f"{encoder.name}/{audited.name}/{g}": group.p for g, group in result.groups.items()}
         both = [
             (scores[ORIGINAL, s.case], scores[encoder.name, s.case])
-            for s in plan.samples
+            for s in (plan.samples[i] for i in different(plan))
             if _sound(scores, ORIGINAL, s.case)
             and _sound(scores, encoder.name, s.case)
             and asks_for_none(s, encoder, vocabulary)
@@ -161,6 +165,11 @@ def asks_for_none(sample: Sample, encoder: ErasedEncoder, vocabulary: Vocabulary
     return all(asked_of(sample, a.concept, vocabulary).group in (*KEPT_GROUPS, OTHER) for a in encoder.concepts)
 
 
+def different(plan: Plan) -> list[int]:
+    """The samples' numbers, each prompt with its noise once: the same picture again proves nothing more."""
+    return sorted({key: i for i, key in reversed(list(enumerate(plan.keys[ORIGINAL])))}.values())
+
+
 def _sound(scores: Scores, encoder: str, case: str) -> bool:
     score = scores.get((encoder, case))
     return score is not None and "failed" not in score
@@ -170,9 +179,9 @@ def _pairs(plan: Plan, encoder: ErasedEncoder, audited: Audited, scores: Scores,
     """The samples that say something of one concept. What else the encoder has forgotten is not asked to stay: neither
     prompts for it, nor it beside this concept."""
     others = [a.concept for a in encoder.concepts if a is not audited]
-    gone = {canonical(c, vocabulary) for c in others if c.within is None}
     numbers, prompts = [], []
-    for i, s in enumerate(plan.samples):
+    for i in different(plan):
+        s = plan.samples[i]
         if not (_sound(scores, ORIGINAL, s.case) and _sound(scores, encoder.name, s.case)):
             continue
         prompt = asked_of(s, audited.concept, vocabulary)
@@ -180,7 +189,7 @@ def _pairs(plan: Plan, encoder: ErasedEncoder, audited: Audited, scores: Scores,
         elsewhere = any(asked_of(s, c, vocabulary).group not in (*KEPT_GROUPS, OTHER) for c in others)
         if prompt.group != OTHER and (asks or not elsewhere):
             numbers.append(i)
-            prompts.append(dataclasses.replace(prompt, things=tuple(t for t in prompt.things if t not in gone)))
+            prompts.append(without(prompt, others, vocabulary))
     cases = [plan.samples[i].case for i in numbers]
     return Pairs(
         audited,
@@ -256,7 +265,7 @@ def _conclude(pairs: Pairs, checked: Checked, limits: Limits) -> ConceptResult:
         if checked.misses and checked.false_alarms:
             true = corrected(rate(a), checked.misses, checked.false_alarms)
         p = mcnemar(b, a)
-        return Group(rate(b), rate(a), true, p, p, conclude_group(rate(b), true or rate(a), limits))
+        return Group(rate(b), rate(a), true, p, None, conclude_group(rate(b), true or rate(a), limits))
 
     own = [a for q, a in zip(pairs.prompts, pairs.after, strict=True) if q.group in ASKED]
     changed = rate([s.get("distance", 0.0) > limits.unchanged for s in own])
@@ -272,7 +281,7 @@ def _conclude(pairs: Pairs, checked: Checked, limits: Limits) -> ConceptResult:
         pairs.audited.name,
         verdict,
         rule,
-        tuple(damaged(rows, limits)) if rows[MAIN_ROW].total else (),
+        tuple(damaged(rows, limits)),
         checked,
         asked,
         groups,
@@ -388,6 +397,8 @@ def _shortfalls(plan: Plan, results: Sequence[EncoderResult]) -> list[str]:
         told.append("No prompt of this audit shows anything known that must stay: damage was not measured.")
     if any(c.checked.misses is None or c.checked.false_alarms is None for r in results for c in r.concepts):
         told.append("Where the checker has no error rates, found rates could not be corrected for them.")
+    if repeats := len(plan.samples) - len(different(plan)):
+        told.append(f"{repeats} prompts are there before with the same seed: their pictures are counted once.")
     told.append("diffusers' own safety checker was off: it blackens the very pictures that an audit must see.")
     if plan.settings["prompts"].get("truncated"):
         told.append(

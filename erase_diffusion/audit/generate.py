@@ -51,8 +51,12 @@ class Counts:
 
 @dataclass(frozen=True)
 class Batch:
-    """Images that one encoder draws together: sample numbers, each of another key, of one guidance."""
+    """Images that one encoder draws together: sample numbers, each of another key, of one guidance.
 
+    piece: the number of the samples' piece of the work; one process draws it with all encoders.
+    """
+
+    piece: int
     encoder: str
     guidance: float
     samples: tuple[int, ...]
@@ -68,15 +72,14 @@ def batches(plan: Plan) -> list[Batch]:
     pieces: dict[float, list[int]] = {}
     for i in sorted(first.values(), key=lambda i: (prompt[plan.samples[i].text], i)):
         pieces.setdefault(plan.samples[i].guidance, []).append(i)
+    cut = [(g, numbers[i : i + size]) for g, numbers in pieces.items() for i in range(0, len(numbers), size)]
     found: list[Batch] = []
-    for guidance, numbers in pieces.items():
-        for start in range(0, len(numbers), size):
-            piece = numbers[start : start + size]
-            for encoder in plan.encoders:
-                cached = [i for i in piece if encoder == ORIGINAL and plan.keys[ORIGINAL][i] in plan.reused]
-                for part in (cached, [i for i in piece if i not in set(cached)]):
-                    if part:
-                        found.append(Batch(encoder, guidance, tuple(part)))
+    for n, (guidance, piece) in enumerate(cut):
+        for encoder in plan.encoders:
+            cached = [i for i in piece if encoder == ORIGINAL and plan.keys[ORIGINAL][i] in plan.reused]
+            for part in (cached, [i for i in piece if i not in set(cached)]):
+                if part:
+                    found.append(Batch(n, encoder, guidance, tuple(part)))
     return found
 
 
@@ -93,13 +96,15 @@ class Painter:
 
     def states(self, encoder: str, prompts: Sequence[str]) -> Tensor:
         """Hidden states (n, T, d) of prompts; the empty one's stay, of the others the latest."""
-        known = self._states.setdefault(encoder, OrderedDict())
+        if encoder not in self._states:
+            self._states[encoder] = OrderedDict({"": self.encoders[encoder].encode([""])[0]})
+        known = self._states[encoder]
         missing = [p for p in dict.fromkeys(prompts) if p not in known]
         if missing:
             known.update(zip(missing, self.encoders[encoder].encode(missing), strict=True))
         found = torch.stack([known[p] for p in prompts])
-        while len(known) > ENCODED:
-            known.popitem(last=False)
+        for prompt in list(known)[1 : len(known) - ENCODED]:  # the first is the empty one
+            del known[prompt]
         return found
 
     def draw(self, batch: Batch, prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
@@ -146,10 +151,12 @@ def generate(
     """
     ranks = ranks or Ranks()
     counts = Counts()
-    bad: list[ledger.Place] = []
-    known = {str(row["key"]): str(row["sha256"]) for row, _ in ledger.scan(plan.folder, MANIFEST, FIELDS, bad)}
-    counts.bad_lines = len(bad)
-    mine = ranks.mine(batches(plan))
+    # Lines of processes that were interrupted: from here on what this run writes is the newest of its key.
+    counts.bad_lines = ranks.first_on_main(
+        lambda: ledger.consolidate(plan.folder, MANIFEST, FIELDS, lambda row: str(row["key"])), then=lambda: 0
+    )
+    known = manifest(plan)
+    mine = [b for b in batches(plan) if ranks.has(b.piece)]
     total, done = sum(len(b.samples) for b in mine), 0
     painter: Painter | None = None
     path = ledger.shard(plan.folder, MANIFEST, ranks.rank)
@@ -177,7 +184,7 @@ def generate(
             )
             if cache is not None and batch.encoder == ORIGINAL:
                 for key in keys:
-                    if not cache.path(key).exists():
+                    if cache.read(key) is None:
                         cache.take(key, plan.store)
         done += len(keys)
         progress("drawing", done, total)

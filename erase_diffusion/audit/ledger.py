@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -88,6 +88,18 @@ def shards(folder: Path, name: str) -> list[Path]:
 
 def shard(folder: Path, name: str, rank: int) -> Path:
     return folder / f"{name}.rank-{rank:05d}.jsonl"
+
+
+def consolidate(folder: Path, name: str, fields: Iterable[str], key: Callable[[Row], Any]) -> int:
+    """Merge what interrupted processes left into `name.jsonl`, of each key the last line; returns how many were bad.
+
+    Raises OutputError.
+    """
+    bad: list[Place] = []
+    places = {key(row): place for row, place in scan(folder, name, fields, bad)}
+    if bad or any(path.exists() for path in shards(folder, name)[1:]):
+        merge(folder, name, places.values())
+    return len(bad)
 
 
 def merge(folder: Path, name: str, places: Iterable[Place]) -> None:

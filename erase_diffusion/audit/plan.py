@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from erase_diffusion.audit.samples import Sample, check_cases, name_of, samples_
 from erase_diffusion.concepts import Concept
 from erase_diffusion.errors import ConfigError, DataError, ModelError, OutputError
 from erase_diffusion.image_store import ImageStore, image_key, writing
+from erase_diffusion.metrics import Rate
 from erase_diffusion.models import Model
 
 SCHEMA_VERSION = 1
@@ -83,21 +85,15 @@ def read_erased(folders: Sequence[Path]) -> tuple[ErasedEncoder, ...]:
     found: list[ErasedEncoder] = []
     for folder in folders:
         record = read_record(folder)
-        earlier = record.get("earlier") or []
-        rows = [row for r in (record, *earlier) for row in r.get("concepts", ())]
         try:
-            checks = [(v["concept"], v) for v in record.get("verification") or ()]
+            concepts = _recorded(record, folder)
             sha, source, method = record["erased"]["sha256"], record["source"]["sha256"], str(record["method"])
-        except (KeyError, TypeError):
-            raise ModelError(f"{folder / 'erasure.json'} lacks the hashes of its weights") from None
-        concepts = []
-        for i, row in enumerate(rows):
-            concept = recorded_concept(row, folder)
-            keep = tuple(str(n) for n in row.get("preserve") or rows[0].get("preserve") or ())
-            # A record's verifications are in the order of its concepts, its own first, then the earlier ones.
-            check = checks[i][1] if len(checks) == len(rows) else None
-            calibration = {**check["checker"], "judge_sha256": check["images"]["judge_sha256"]} if check else None
-            concepts.append(Audited(concept, keep, calibration))
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ModelError(
+                f"{folder / 'erasure.json'} is no record of an erasure: {type(error).__name__}: {str(error)[:80]}"
+            ) from None
+        if not concepts:
+            raise ModelError(f"{folder / 'erasure.json'} names no concept")
         if any(f.sha256 == sha for f in found):
             raise ConfigError(f"{folder} is the same encoder as {next(f.folder for f in found if f.sha256 == sha)}")
         stem = folder.resolve().name[:60] or "erased"
@@ -105,6 +101,21 @@ def read_erased(folders: Sequence[Path]) -> tuple[ErasedEncoder, ...]:
         name = next(n for n in (stem, *(f"{stem}-{i}" for i in range(2, len(found) + 3))) if n not in taken)
         found.append(ErasedEncoder(name, folder, str(sha), str(source), method, tuple(concepts)))
     return tuple(found)
+
+
+def _recorded(record: Mapping[str, Any], folder: Path) -> list[Audited]:
+    """The concepts of a record, its own first, then the earlier ones, with their calibrations."""
+    rows = [row for r in (record, *(record.get("earlier") or ())) for row in r["concepts"]]
+    checks = list(record.get("verification") or ())
+    concepts = []
+    for i, row in enumerate(rows):
+        keep = tuple(str(n) for n in row.get("preserve") or rows[0].get("preserve") or ())
+        calibration = None
+        if len(checks) == len(rows):  # in the same order
+            calibration = {**checks[i]["checker"], "judge_sha256": checks[i]["images"]["judge_sha256"]}
+            check_calibration(calibration)
+        concepts.append(Audited(recorded_concept(row, folder), keep, calibration))
+    return concepts
 
 
 @dataclass(frozen=True)
@@ -213,9 +224,12 @@ def write_plan(plan: Plan) -> Plan:
             raise OutputError(
                 f"{plan.folder} is an audit of other settings: {difference}; ask as before, or choose another --output"
             )
-        return there
+        moved = dataclasses.replace(there, settings=plan.settings)  # the same encoders may lie elsewhere by now
+        _write(moved)
+        return moved
+    known = (".lock", "images", "samples.jsonl", "samples.tmp", "audit.tmp")
     try:
-        others = [p.name for p in plan.folder.iterdir() if p.name not in (".lock", "samples.jsonl", "images")]
+        others = [p.name for p in plan.folder.iterdir() if p.name not in known]
     except FileNotFoundError:
         others = []
     except OSError as error:
@@ -223,14 +237,24 @@ def write_plan(plan: Plan) -> Plan:
     if others:
         raise OutputError(f"{plan.folder} holds other things ({others[0]}) and no audit; choose another --output")
     ledger.replace_with(plan.folder / "samples.jsonl", (s.to_dict() for s in plan.samples))
-    with writing(path):
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(
-            json.dumps({**plan.settings, "reused": sorted(plan.reused)}, indent=1, ensure_ascii=False) + "\n",
-            encoding="utf-8",
-        )
-        temporary.replace(path)
+    _write(plan)
     return plan
+
+
+def _write(plan: Plan) -> None:
+    path = plan.folder / "audit.json"
+    text = json.dumps({**plan.settings, "reused": sorted(plan.reused)}, indent=1, ensure_ascii=False) + "\n"
+    with writing(path):
+        if path.exists() and path.read_text(encoding="utf-8") == text:
+            return
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+
+
+def planned_batch(folder: Path) -> int | None:
+    """The batch size of the audit that was begun in a folder: what fits now may be another."""
+    return int(read_plan(folder).settings["batch_size"]) if (folder / "audit.json").exists() else None
 
 
 def read_plan(folder: Path) -> Plan:
@@ -247,13 +271,29 @@ def read_plan(folder: Path) -> Plan:
         rows = ledger.scan(folder, "samples", ("case", "text", "shows"), bad)
         samples = tuple(Sample.from_dict(row) for row, _ in rows)
         whole = not bad and samples_hash(samples) == settings["prompts"]["sha256"]
+        plan = Plan(folder, settings, samples, reused)
+        # Whatever somebody may have written into it shows now, not after hours.
+        if not plan.erased or any(not e.concepts for e in plan.erased) or int(settings["batch_size"]) < 1:
+            raise ValueError("it names no encoder, no concept or no batch")
+        _ = plan.keys, settings["model"]["name"], settings["device"], settings["seed"], [*settings["size"]]
+        for audited in plan.audited:
+            if audited.calibration is not None:
+                check_calibration(audited.calibration)
     except FileNotFoundError:
         raise DataError(f"{folder} is no audit: {path.name} is missing") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DataError(f"{path} cannot be read: {str(error)[:120]}") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, ModelError) as error:
+        raise DataError(f"{path} cannot be read: {type(error).__name__}: {str(error)[:120]}") from None
     if not whole:
         raise DataError(f"{folder / 'samples.jsonl'} is damaged: it is not what the audit was begun with")
-    return Plan(folder, settings, samples, reused)
+    return plan
+
+
+def check_calibration(row: Mapping[str, Any]) -> None:
+    """Raise KeyError, TypeError or ValueError for a calibration that is none."""
+    if not 0 < float(row["threshold"]) < 1 or not isinstance(row["judge_sha256"], str):
+        raise ValueError("a calibration needs a threshold between 0 and 1 and the judge's hash")
+    for name in ("misses", "false_alarms"):
+        Rate(int(row[name]["found"]), int(row[name]["total"]))
 
 
 def _difference(there: Any, asked: Any, where: str = "") -> str | None:

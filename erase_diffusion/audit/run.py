@@ -7,20 +7,22 @@ import dataclasses
 import json
 import os
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from erase_diffusion.artifact import load_erased_text_encoder
+from erase_diffusion.artifact import load_erased_text_encoder, read_record
+from erase_diffusion.audit import ledger
 from erase_diffusion.audit.conclude import check_thresholds, conclude_audit
 from erase_diffusion.audit.generate import Counts, Painter, Progress, generate, set_attention
 from erase_diffusion.audit.plan import (
     ORIGINAL,
     ErasedEncoder,
     Plan,
+    planned_batch,
     read_erased,
     read_plan,
     settings_of,
@@ -32,7 +34,7 @@ from erase_diffusion.audit.utility import kid, read_utility, utility
 from erase_diffusion.audit.work import Ranks, only_one
 from erase_diffusion.checker import CLIPChecker
 from erase_diffusion.concepts import PromptWriter, preserved
-from erase_diffusion.errors import ConfigError
+from erase_diffusion.errors import ConfigError, ModelError
 from erase_diffusion.generation import noise_seeds
 from erase_diffusion.image_store import ImageStore, writing
 from erase_diffusion.metrics import Limits
@@ -45,6 +47,7 @@ from erase_diffusion.significance import images_for_margin
 from erase_diffusion.text_encoder import TextEncoder, weights_hash
 from erase_diffusion.verification import make_checker
 
+RUNS = "runs"
 ATTENTION = ("default", "sdpa", "xformers")
 PIXELS_AT_ONCE = 64 * 64 * 32  # on the CPU, where more at once is no faster
 
@@ -113,7 +116,7 @@ class Audit:
             raise ConfigError("nothing to audit: name at least one drop-in folder with --erased")
         original = self.model.text_encoder()
         spec, unet = self.model.spec, self.model.component_config("unet")
-        guidance = spec.guidance if asked.guidance is None else asked.guidance
+        guidance = float(spec.guidance if asked.guidance is None else asked.guidance)
         if asked.prompts is not None:
             file = read_prompts(asked.prompts, seed=asked.seed)
             samples = file_samples(file.prompts, self.model.vocabulary, guidance)
@@ -134,7 +137,7 @@ class Audit:
             scheduler=str(self.model.index["scheduler"][1]),
             device=self.model.device,
             attention=asked.attention,
-            batch_size=asked.batch_size or fitting_batch(self.model, side),
+            batch_size=asked.batch_size or planned_batch(self.folder) or fitting_batch(self.model, side),
             seed=asked.seed,
         )
         plan = Plan(self.folder, settings, tuple(samples))
@@ -175,15 +178,25 @@ class Audit:
         original = self.model.text_encoder()
         encoders = {ORIGINAL: original}
         for e in plan.erased:
-            # Against the base: that the plan's settings have checked already.
             tower = load_erased_text_encoder(e.folder).to(self.model.device)
+            found = read_record(e.folder)["erased"]["sha256"]
+            if found != e.sha256:
+                raise ModelError(f"{e.folder} is another encoder (sha256 {str(found)[:12]}…) than when the audit began")
             encoders[e.name] = dataclasses.replace(original, model=tower)
         return Painter(pipe, encoders, int(plan.settings["steps"]), self.tell)
 
     def score(self, plan: Plan, *, checker: str | None = None, name: str = "judge") -> Scored:
         """Judge what is not judged yet. checker: another CLIP (folder or hub id) than the model's own judge."""
         judge, about = self.judge(checker)
-        return score(plan, judge, about, name=name, ranks=self.ranks, progress=self.progress)
+        scored = score(plan, judge, about, name=name, ranks=self.ranks, progress=self.progress)
+        if self.ranks.main and scored.judged:
+            self.note("judged", None, scores=name, counts=vars(scored))
+        return scored
+
+    def note(self, what: str, command: str | None, **more: Any) -> None:
+        """Write down what was done here, and with what, in `runs.jsonl`: reports tell how each part was made."""
+        row = {"what": what, "command": command, "device": self.model.device, "processes": self.ranks.count, **more}
+        ledger.append(self.folder / f"{RUNS}.jsonl", [row | {"versions": versions()}])
 
     def judge(self, source: str | None = None) -> tuple[CLIPChecker, dict[str, str]]:
         """The checker, loaded once, and what it is. Raises ModelError when it can't be had, or is the generator's."""
@@ -210,6 +223,7 @@ def drawn(
     dtype: torch.dtype = torch.float32,
     cache: ImageStore | None = None,
     margin: float | None = None,
+    command: str | None = None,
     ready: Callable[[Audit, Plan], Any] = lambda job, plan: None,
     progress: Progress = lambda stage, done, total: None,
     tell: Callable[[str], Any] = lambda text: None,
@@ -217,8 +231,9 @@ def drawn(
     """Plan an audit and draw what is missing of it; the folder is held until the caller is done with it.
 
     cache: where originals are taken from and kept, none if None.  margin: tell how many prompts an interval of ± this
-    needs.  ready: called before anything is written, to refuse what could not be finished. Under `accelerate launch`
-    each process draws its share, and the main one alone makes progress known.
+    needs.  command: what the audit is recorded to be made by.  ready: called before anything is written, to refuse what
+    could not be finished. Under `accelerate launch` each process draws its share, and the main one alone makes progress
+    known.
     """
     asked, folder = asked or Asked(), Path(output)
     if margin is not None and not 0 < margin < 0.5:
@@ -236,6 +251,8 @@ def drawn(
         for text in _advice(plan, margin):
             job.tell(text)
         counts = job.draw(plan, cache)
+        if ranks.main:
+            job.note("drawn", command, counts=vars(counts))
         job.tell(f"{counts}" if ranks.count == 1 else f"this process of {ranks.count}: {counts}")
         yield job, plan, counts
 
@@ -266,16 +283,15 @@ def run_audit(
     limits: Limits | None = None,
     threshold: float | None = None,
     shown: int = 40,
-    command: str | None = None,
     **drawing: Any,
 ) -> AuditReport | None:
     """Audit erased encoders: draw, judge, and write the report into `output`; None in all processes but the main one.
 
     erased: drop-in folders of one model.  output: the folder of the audit, in which it goes on when it was begun.
-    drawing: as `drawn` has it: model, asked, device, dtype, cache, margin, progress, tell.
+    drawing: as `drawn` has it: model, asked, device, dtype, cache, margin, command, progress, tell.
     checker: another CLIP (folder or hub id) than the model's judge, whose scores go under the name `scores`.
     features: measure the KID of what must stay over these ("judge" or "inception") as well.
-    limits, threshold, shown: as `report_of` has them.  command: what the report says it was made by.
+    limits, threshold, shown: as `report_of` has them.
 
     Raises ConfigError, ModelError, DataError and OutputError; what is done is kept.
     """
@@ -286,14 +302,13 @@ def run_audit(
         if features:
             kid(features, judge)
 
-    with drawn(erased, output, ready=ready, **drawing) as (job, plan, counts):
+    with drawn(erased, output, ready=ready, **drawing) as (job, plan, _):
         job.score(plan, checker=checker, name=scores)
         if not job.ranks.main:
             return None
         if features:
             job.utility(plan, features)
-        made = {"counts": vars(counts), "processes": job.ranks.count, "command": command}
-        report, _ = report_of(plan.folder, scores=scores, limits=limits, threshold=threshold, made=made, shown=shown)
+        report, _ = report_of(plan.folder, scores=scores, limits=limits, threshold=threshold, shown=shown)
         write_report(report, plan)
         return report
 
@@ -304,7 +319,6 @@ def report_of(
     scores: str = "judge",
     limits: Limits | None = None,
     threshold: float | None = None,
-    made: Mapping[str, Any] | None = None,
     shown: int = 40,
 ) -> tuple[AuditReport, Plan]:
     """The report of a scored audit, from what its folder holds. Raises DataError, ConfigError."""
@@ -312,7 +326,10 @@ def report_of(
     about, rows = read_scores(plan, scores)
     name = plan.settings["model"]["name"]
     vocabulary = MODELS[name].vocabulary if name in MODELS else Model(name).vocabulary
-    made = {"versions": versions(), "python": platform.python_version(), **(made or {})}
+    runs = [row for row, _ in ledger.scan(folder, RUNS, ("what", "versions", "processes", "counts"))]
+    runs = [r for r in runs if isinstance(r["counts"], dict) and isinstance(r["versions"], dict)]
+    runs = [r for r in runs if isinstance(r["processes"], int)]
+    made = {"versions": versions(), "python": platform.python_version(), "runs": runs}
     report = conclude_audit(
         plan,
         plan.erased,

@@ -103,13 +103,30 @@ def asked_of(sample: Sample, concept: Concept, vocabulary: Vocabulary) -> Prompt
     name = canonical(concept, vocabulary)
     if sample.concept == name_of(concept):
         return sample.shows
+    shows = without(sample.shows, [concept], vocabulary)
     subjects = {normalise(s) for s in (sample.label, sample.artist) if s}
     about = concept.within is None and subjects & {normalise(w) for w in (name, *concept.words)}
     if about or asks_for(sample.text, concept):
         named = normalise(concept.name) in subjects or says(sample.text, concept.name)
-        return dataclasses.replace(sample.shows, group="named" if named else "synonym")
-    rest = any(t != name for t in sample.shows.things) or (sample.artist and concept.kind == "style")
+        return dataclasses.replace(shows, group="named" if named else "synonym")
+    rest = shows.things or (sample.artist and concept.kind == "style")
     return dataclasses.replace(sample.shows, group="preserved" if rest else OTHER)
+
+
+def without(prompt: Prompt, concepts: Sequence[Concept], vocabulary: Vocabulary) -> Prompt:
+    """A prompt with what is forgotten everywhere taken out of what its picture must show."""
+    whole = [c for c in concepts if c.within is None]
+    gone = {normalise(w) for c in whole for w in (canonical(c, vocabulary), *c.words)}
+    styles, attributes = (
+        {normalise(w) for c in whole if c.kind == kind for w in (canonical(c, vocabulary), *c.words)}
+        for kind in ("style", "attribute")
+    )
+    return dataclasses.replace(
+        prompt,
+        things=tuple(t for t in prompt.things if normalise(t) not in gone),
+        style=None if prompt.style and normalise(prompt.style) in styles else prompt.style,
+        attribute=None if prompt.attribute and normalise(prompt.attribute) in attributes else prompt.attribute,
+    )
 
 
 def samples_hash(samples: Sequence[Sample]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,23 +62,21 @@ def score(
     wanted = {"schema_version": 1, **about, "concepts": [a.name for a in plan.audited]}
     ranks.first_on_main(lambda: _start(folder, wanted), lambda: None)
     hashes = manifest(plan)
-    bad: list[ledger.Place] = []
-    done = {
-        (r["encoder"], r["case"]): r["sha256"] for r, _ in ledger.scan(folder, SCORES, FIELDS, bad) if "failed" not in r
-    }
+    bad = ranks.first_on_main(lambda: ledger.consolidate(folder, SCORES, FIELDS, _key), then=lambda: 0)
+    names = wanted["concepts"]
+    done = {_key(r): r["sha256"] for r, _ in ledger.scan(folder, SCORES, FIELDS) if is_score(r, names)}
     chunks = [range(i, min(i + CHUNK, len(plan.samples))) for i in range(0, len(plan.samples), CHUNK)]
-    mine = ranks.mine(chunks)
+    mine = [chunk for n, chunk in enumerate(chunks) if ranks.has(n)]
     judge = Judge(checker, plan)
     path = ledger.shard(folder, SCORES, ranks.rank)
     total, seen, judged, failed = sum(map(len, mine)) * len(plan.encoders), 0, 0, 0
     progress("scoring", 0, total)
     for chunk in mine:
-        left = {
-            e: [i for i in chunk if done.get((e, plan.samples[i].case)) != hashes.get(plan.keys[e][i], "")]
-            for e in plan.encoders
-        }
-        if any(left.values()):
-            scores = judge.chunk(left, hashes)
+        # A chunk is judged whole or not at all: what is judged together can differ in the last digits.
+        if any(
+            done.get((e, plan.samples[i].case)) != hashes.get(plan.keys[e][i], "") for e in plan.encoders for i in chunk
+        ):
+            scores = judge.chunk(chunk, hashes)
             ledger.append(path, scores)
             judged += len(scores)
             failed += sum("failed" in s for s in scores)
@@ -85,11 +84,11 @@ def score(
         progress("scoring", seen, total)
     ranks.wait()
     if ranks.main:
-        places = {(r["encoder"], r["case"]): place for r, place in ledger.scan(folder, SCORES, FIELDS)}
+        places = {_key(r): place for r, place in ledger.scan(folder, SCORES, FIELDS)}
         order = [(e, s.case) for e in plan.encoders for s in plan.samples]
         ledger.merge(folder, SCORES, (places[key] for key in order if key in places))
     ranks.wait()
-    return Scored(judged, total - judged, failed, len(bad))
+    return Scored(judged, total - judged, failed, bad)
 
 
 def _start(folder: Path, wanted: Mapping[str, Any]) -> None:
@@ -107,6 +106,35 @@ def _start(folder: Path, wanted: Mapping[str, Any]) -> None:
             path.write_text(json.dumps(wanted, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def _key(row: Mapping[str, Any]) -> tuple[str, str]:
+    return str(row["encoder"]), str(row["case"])
+
+
+def is_score(row: Mapping[str, Any], concepts: Sequence[str] = ()) -> bool:
+    """Whether a row is a score of all that is concluded from: not a failure, and not from anybody's hand."""
+
+    def shares(table: Any) -> bool:
+        return isinstance(table, dict) and all(_number(p) and 0 <= p <= 1 for p in table.values())
+
+    concept, things, flags = row.get("concepts"), row.get("things"), row.get("flags")
+    return (
+        "failed" not in row
+        and shares(concept)
+        and shares(things)
+        and all(c in concept for c in concepts)  # type: ignore[operator]  # it is a dict
+        and isinstance(flags, list)
+        and all(isinstance(f, str) for f in flags)
+        and isinstance(row.get("print"), str)
+        and _number(row.get("clip_score"))
+        and _number(row.get("distance", 0.0))
+        and all(row.get(n) in (None, True, False) for n in ("attribute", "place", "style"))
+    )
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def read_scores(plan: Plan, name: str = "judge") -> tuple[dict[str, Any], dict[tuple[str, str], dict[str, Any]]]:
     """What the scores are of, and (encoder, case) → score. Raises DataError when nothing was scored under this name."""
     folder = plan.folder / SCORES / name
@@ -114,10 +142,13 @@ def read_scores(plan: Plan, name: str = "judge") -> tuple[dict[str, Any], dict[t
         about = json.loads((folder / "scoring.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise DataError(f"{plan.folder} has no scores under the name {name!r}; score it first") from None
-    scores = {}
+    scores: dict[tuple[str, str], dict[str, Any]] = {}
+    names = tuple(a.name for a in plan.audited)
     for row, _ in ledger.scan(folder, SCORES, FIELDS):
-        key = str(row["encoder"]), str(row["case"])
-        scores[key] = {name: value for name, value in row.items() if name not in FIELDS}  # of ten thousands, no more
+        if not is_score(row, names):
+            scores[_key(row)] = {"failed": str(row.get("failed", "its score is damaged"))[:200]}
+        else:
+            scores[_key(row)] = {k: v for k, v in row.items() if k not in FIELDS}  # of ten thousands, no more
     if not scores or not isinstance(about, dict):
         raise DataError(f"{folder} holds no scores; score the audit again")
     return about, scores
@@ -138,7 +169,7 @@ class Judge:
             if s.artist and s.artist not in v.styles
         }
 
-    def chunk(self, left: Mapping[str, Sequence[int]], hashes: Mapping[str, str]) -> list[dict[str, Any]]:
+    def chunk(self, numbers: Sequence[int], hashes: Mapping[str, str]) -> list[dict[str, Any]]:
         """The scores of some samples' images, encoder by encoder."""
         originals: dict[int, np.ndarray | None] = {}
 
@@ -149,7 +180,7 @@ class Judge:
             return originals[i]
 
         scores: list[dict[str, Any]] = []
-        for encoder, numbers in left.items():
+        for encoder in self.plan.encoders:
             rows, images, samples = [], [], []
             for i in numbers:
                 sample, key = self.plan.samples[i], self.plan.keys[encoder][i]
@@ -176,7 +207,7 @@ class Judge:
         """What the checker sees in each image: every audited concept, and what its prompt names."""
         embeddings = self.checker.embed_images([Image.fromarray(i) for i in images])
         concepts = {a.name: presence(self.checker, a.concept, embeddings).tolist() for a in self.audited}
-        things = self.checker.things(embeddings, self.labels)
+        things = self.checker.things(embeddings, self.labels, paired=())
         attributes = _best(self.checker.attributes(embeddings))
         places = _best(self.checker.places(embeddings)) if self.checker.vocabulary.places else [None] * len(images)
         styles = _best(self.checker.styles(embeddings, self.artists))

@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from erase_diffusion.audit.conclude import asks_for_none
+from erase_diffusion.audit.conclude import asks_for_none, different
 from erase_diffusion.audit.plan import ORIGINAL, Plan
 from erase_diffusion.checker import CLIPChecker
 from erase_diffusion.errors import ConfigError, ModelError
-from erase_diffusion.image_store import writing
+from erase_diffusion.image_store import ImageStore, writing
 
 FEATURES = ("judge", "inception")
 FEWEST = 40  # pictures on each side, under which the distance says nothing
@@ -41,22 +41,19 @@ def utility(
     found: dict[str, dict[str, str]] = {}
     for i, encoder in enumerate(plan.erased):
         progress("measuring utility", i, len(plan.erased))
-        numbers = [n for n, s in enumerate(plan.samples) if asks_for_none(s, encoder, checker.vocabulary)]
-        pairs = [
-            (plan.store.read(plan.keys[ORIGINAL][n]), plan.store.read(plan.keys[encoder.name][n])) for n in numbers
-        ]
-        sound = [(b, a) for b, a in pairs if b is not None and a is not None]
+        numbers = [n for n in different(plan) if asks_for_none(plan.samples[n], encoder, checker.vocabulary)]
+        keys = plan.keys[ORIGINAL], plan.keys[encoder.name]
         name = f"KID over {features} features"
-        if len(sound) < FEWEST:
-            found[encoder.name] = {name: f"not measured, {len(sound)} pictures are too few ({FEWEST} are needed)"}
+        if len(numbers) < FEWEST:
+            found[encoder.name] = {name: f"not measured, {len(numbers)} pictures are too few ({FEWEST} are needed)"}
             continue
-        before, after = [b for b, _ in sound], [a for _, a in sound]
+        before, after = ([k[n] for n in numbers] for k in keys)
         # Twins from the same noise are no independent samples: one half of the prompts against the other half's.
-        value, error = distance(before[0::2], after[1::2])
-        own, own_error = distance(before[0::2], before[1::2])
+        value, error = distance(before[0::2], after[1::2], plan.store)
+        own, own_error = distance(before[0::2], before[1::2], plan.store)
         found[encoder.name] = {
             name: f"{value:.4f} ± {error:.4f}, where the original's own halves are {own:.4f} ± {own_error:.4f} apart "
-            f"({len(sound)} pictures)"
+            f"({len(numbers)} pictures)"
         }
     progress("measuring utility", len(plan.erased), len(plan.erased))
     path = plan.folder / FILE
@@ -81,8 +78,9 @@ class _Judge(nn.Module):
 
 def kid(
     features: str, checker: CLIPChecker
-) -> Callable[[Sequence[np.ndarray], Sequence[np.ndarray]], tuple[float, float]]:
-    """KID of two sets of uint8 (h, w, 3) images: mean and standard deviation over subsets."""
+) -> Callable[[Sequence[str], Sequence[str], ImageStore], tuple[float, float]]:
+    """KID of two sets of a store's images, by their keys: mean and standard deviation over subsets. Images that cannot
+    be read are left out."""
     if features not in FEATURES:
         raise ConfigError(f"features must be one of {', '.join(FEATURES)}, got {features!r}")
     try:
@@ -90,7 +88,7 @@ def kid(
     except ImportError:
         raise ConfigError("utility needs torchmetrics: pip install 'erase-diffusion[utility]'") from None
 
-    def measure(one: Sequence[np.ndarray], other: Sequence[np.ndarray]) -> tuple[float, float]:
+    def measure(one: Sequence[str], other: Sequence[str], store: ImageStore) -> tuple[float, float]:
         size = min(len(one), len(other))
         try:
             with warnings.catch_warnings():
@@ -106,7 +104,9 @@ def kid(
         torch.manual_seed(0)  # it draws its subsets from the global generator
         for images, real in ((one, True), (other, False)):
             for start in range(0, len(images), 64):
-                kid.update(torch.from_numpy(np.stack(images[start : start + 64])).permute(0, 3, 1, 2), real=real)
+                batch = [image for k in images[start : start + 64] if (image := store.read(k)) is not None]
+                if batch:
+                    kid.update(torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2), real=real)
         mean, deviation = kid.compute()
         return float(mean), float(deviation)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,7 +34,8 @@ class Ranks:
         from accelerate import PartialState
 
         try:
-            state = PartialState(cpu=device == "cpu")
+            # A process waits for the others as long as their work takes; one that died is noticed at once.
+            state = PartialState(cpu=device == "cpu", timeout=timedelta(days=30))
         except (RuntimeError, ValueError) as error:
             raise ConfigError(f"the processes of accelerate launch did not find each other: {error}") from None
         return cls(state.process_index, state.num_processes, state)
@@ -42,9 +44,9 @@ class Ranks:
     def main(self) -> bool:
         return self.rank == 0
 
-    def mine(self, work: Sequence[T]) -> list[T]:
-        """This process's share of the work: every so many-th piece, so that the shares are alike."""
-        return list(work[self.rank :: self.count])
+    def has(self, piece: int) -> bool:
+        """Whether a piece of the work is this process's: every so many-th, so that the shares are alike."""
+        return piece % self.count == self.rank
 
     def first_on_main(self, do: Callable[[], T], then: Callable[[], T]) -> T:
         """Let the main process do something, and the others something after it; an error of the main one ends all."""

@@ -144,7 +144,6 @@ def audit(
                 limits=_limits(max_found, min_kept),
                 threshold=threshold,
                 shown=shown,
-                command=_command(),
                 **_drawing(drawing, progress),
             )
         if result is not None:
@@ -218,7 +217,6 @@ def report(
             scores=_name(scores_name),
             limits=_limits(max_found, min_kept),
             threshold=threshold,
-            made={"command": _command()},
             shown=shown,
         )
         write_report(result, plan)
@@ -243,6 +241,7 @@ def _drawing(given: dict[str, Any], progress: Progress) -> dict[str, Any]:
         "asked": Asked(**{name: given[name] for name in names}),
         "dtype": getattr(torch, given["dtype"]),
         "cache": None if given["no_cache"] else ImageStore(given["cache"] or default_cache()),
+        "command": _command(),
         "progress": progress,
         "tell": (lambda text: None) if given["quiet"] else (lambda text: click.echo(text, err=True)),
     }
@@ -275,7 +274,9 @@ def _tables(result: AuditReport, page: Path) -> None:
                 table.add_column(heading)
             for name, g in c.groups.items():
                 true = str(g.corrected) if g.corrected else "–"
-                table.add_row(name, *map(escape, (str(g.before), str(g.after), true)), f"{g.p_adjusted:.2g}", g.verdict)
+                table.add_row(
+                    name, *map(escape, (str(g.before), str(g.after), true)), f"{g.p_adjusted or 0:.2g}", g.verdict
+                )
             console.print(table)
             table = Table("what must stay", "kept, of what the original showed")
             for name, r in c.kept.items():

@@ -29,7 +29,7 @@ def _concept(encoder: EncoderResult, concept: ConceptResult) -> list[str]:
             str(g.before),
             str(g.after),
             str(g.corrected) if g.corrected else "–",
-            f"{g.p_adjusted:.2g}",
+            f"{g.p_adjusted or 0:.2g}",
             g.verdict,
         ]
         for name, g in concept.groups.items()
@@ -59,14 +59,26 @@ def made_lines(report: AuditReport) -> list[str]:
     lines = [
         f"{s['prompts']['count']} prompts of {s['prompts']['source']}, drawn by {1 + len(s['encoders'])} encoders from "
         f"the same noise; {s['steps']} steps, {s['scheduler']}, {s['size'][0]}×{s['size'][1]}, {s['dtype']} on "
-        f"{s['device']}, seed {s['seed']}",
+        f"{s['device']}, attention {s.get('attention', 'default')}, seed {s['seed']}",
         f"checker {made['checker'].get('checker')}, sha256 {str(made['checker'].get('judge_sha256'))[:16]}…",
         f"model sha256 {s['model']['sha256'][:16]}…, text encoder {s['model']['text_encoder'][:16]}…",
         *(f"{e['name']} ({e['method']}): sha256 {e['sha256'][:16]}…" for e in s["encoders"]),
-        f"{', '.join(f'{k} {v}' for k, v in made.get('versions', {}).items())}",
     ]
-    if made.get("command"):
-        lines.append(str(made["command"]))
+    # The first that drew, and each further run that drew or redid something.
+    for n, run in enumerate(r for r in made.get("runs", ()) if r["what"] == "drawn"):
+        counts = run["counts"]
+        if n and not counts.get("drawn") and not counts.get("reused"):
+            continue
+        told = (
+            f"{run['processes']} processes on {run.get('device')}, of which the first: " if run["processes"] > 1 else ""
+        )
+        told += f"{counts.get('drawn')} images drawn, {counts.get('reused')} originals reused"
+        for name, text in (("redone", "damaged or lost images redone"), ("bad_lines", "bad lines in the manifest")):
+            told += f", {counts[name]} {text}" if counts.get(name) else ""
+        told += ", memory ran out once and the batch was halved" if counts.get("halved") else ""
+        lines.append(f"{told}; {run.get('command') or 'as a library call'}")
+        lines.append(", ".join(f"{k} {v}" for k, v in run["versions"].items()))
+    lines.append("this report: " + ", ".join(f"{k} {v}" for k, v in made.get("versions", {}).items()))
     if report.unscored[0]:
         lines.append(f"{report.unscored[0]} images could not be judged ({report.unscored[1]}); they are in no rate")
     return lines

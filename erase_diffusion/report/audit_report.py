@@ -18,14 +18,15 @@ class Group:
 
     before, after: found by the checker in the original's and the erased pictures.  corrected: the share of the erased
     that truly show it, the checker's errors taken out, or None without calibration.  p: McNemar's exact test on the
-    pairs; p_adjusted: the same after Holm over everything this audit tests.  verdict: of this group alone.
+    pairs.  p_adjusted: the same after Holm over all groups of this audit, None for groups taken together.
+    verdict: of this group alone.
     """
 
     before: Rate
     after: Rate
     corrected: Corrected | None
     p: float
-    p_adjusted: float
+    p_adjusted: float | None
     verdict: str
 
     def to_dict(self) -> dict[str, Any]:
@@ -177,8 +178,10 @@ class AuditReport:
 
     @property
     def exit_code(self) -> int:
-        """The highest of all concepts' codes: 0 only when every one is removed and the rest preserved."""
-        return max((c.exit_code for e in self.encoders for c in e.concepts), default=0)
+        """The highest of all concepts' codes: 0 only when every one is removed and the rest preserved, and every image
+        was judged."""
+        codes = [c.exit_code for e in self.encoders for c in e.concepts]
+        return max([*codes, EXIT_CODES["inconclusive"] if self.unscored[0] else 0])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

@@ -33,7 +33,7 @@ def forgetting_retention(encoders: Sequence[EncoderResult]) -> Markup:
                 fmt="os^Dv"[j % 5],
                 color=f"C{i % 10}",
                 capsize=3,
-                label=f"{encoder.name}: {concept.concept}",
+                label=_plain(f"{encoder.name}: {concept.concept}"),
             )
     axes.set_xlabel("gone: prompts for the concept that don't show it, %")
     axes.set_ylabel("kept: of what else the original showed, %")
@@ -88,8 +88,8 @@ def neighbours(concept: ConceptResult, most: int = 30) -> Markup:
 
 
 def _plain(text: str) -> str:
-    """Text that matplotlib draws as it is: no formula begins in it."""
-    return text.replace("$", r"\$")
+    """Text that matplotlib draws as it is: no formula begins in it, and a leading underscore does not hide it."""
+    return ("\u200b" if text.startswith("_") else "") + text.replace("$", r"\$")
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:
