@@ -35,6 +35,7 @@ from erase_diffusion.erasers import ERASERS
 from erase_diffusion.errors import ConfigError, DataError, ModelError, OutputError
 from erase_diffusion.image_store import ImageStore, image_key
 from erase_diffusion.mini.draw import draw_scene
+from erase_diffusion.mini.vocabulary import WEIGHTS
 from erase_diffusion.mini.world import sample_scene
 from erase_diffusion.models import MODELS, Model
 from erase_diffusion.prompts_file import CasePrompt, read_prompts
@@ -533,6 +534,23 @@ def test_killed_as_a_process_and_begun_again(done: Plan, tmp_path: Path, audit_p
         assert (tmp_path / "audit" / name).read_bytes() == (done.folder / name).read_bytes()
 
 
+def test_two_real_processes_make_the_same(done: Plan, work: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    command += ["-m", "erase_diffusion", "audit", "--erased", str(work / "no-cat"), "--no-cache", "--batch-size", "2"]
+    command += ["--prompts", str(work / "prompts.csv"), "--output", str(tmp_path / "audit"), "--steps", "3"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    run = subprocess.run([*command, "--threshold", "0.5"], env=env, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 1 and "exitcode  : 14" in run.stderr  # the launcher's way to say so
+    assert "this process of 2: 6 images drawn" in run.stderr
+    lines = {name: (tmp_path / "audit" / name).read_text().splitlines() for name in ("manifest.jsonl",)}
+    there = (done.folder / "manifest.jsonl").read_text().splitlines()
+    assert [json.loads(x)["key"] for x in lines["manifest.jsonl"]] == [json.loads(x)["key"] for x in there]
+    for one, other in zip(scores_of(tmp_path / "audit"), scores_of(done.folder), strict=True):
+        assert (one["encoder"], one["case"]) == (other["encoder"], other["case"])
+        assert abs(one["concepts"]["cat"] - other["concepts"]["cat"]) < 1e-4
+        assert abs(one["clip_score"] - other["clip_score"]) < 1e-2  # of 100
+
+
 def test_the_commands_one_by_one(work: Path, tmp_path: Path) -> None:
     drawing_options = ["--erased", str(work / "no-cat"), "--prompts", str(work / "prompts.csv"), "--output", "audit"]
     drawing_options += ["--steps", "2", "--cache", "cache", "--margin", "0.02"]
@@ -549,7 +567,13 @@ def test_the_commands_one_by_one(work: Path, tmp_path: Path) -> None:
     page = (tmp_path / "audit" / "report.html").read_text()
     assert "<script>alert" not in page and "&lt;script&gt;alert" in page
     assert "<script>" not in (tmp_path / "audit" / "report.md").read_text()
-    # Again: nothing is drawn or judged twice.
+    # Judged again by another judge's name: the same CLIP says the same.
+    judge = str(WEIGHTS / "judge")
+    run = run_cli("score", "audit", "--checker", judge, "--scores", "again", "--quiet", cwd=tmp_path, group=True)
+    assert run.code == 0 and "14 judged" in run.out, run.err
+    again = (tmp_path / "audit" / "scores" / "again" / "scores.jsonl").read_bytes()
+    assert again == (tmp_path / "audit" / "scores" / "judge" / "scores.jsonl").read_bytes()
+    # And drawn again: nothing is drawn or judged twice.
     run = run_cli("audit", *drawing_options, "--threshold", "0.5", cwd=tmp_path, group=True)
     assert run.code == 14 and "0 images drawn, 0 originals reused, 12 were there" in run.err
     assert "no-cat, cat: inconclusive" in run.out

@@ -29,7 +29,8 @@ Examples:
 It may be killed at any time: the same command goes on where it stopped.
 Exit codes: 0 every concept removed and the rest preserved; 1 an error; 2 bad usage; 10 partly removed;
 11 not removed; 12 collapsed; 13 no effect; 14 inconclusive; 15 removed, but the rest is not proven preserved;
-130 interrupted. Of several concepts and encoders the highest code counts.
+130 interrupted. Of several concepts and encoders the highest code counts. A launcher of several processes
+turns every code but 0 into 1: erase-diffusion report FOLDER gives it again.
 """
 
 
