@@ -157,7 +157,7 @@ def report(figures: Mapping[str, Any]) -> str:
         parts += ["## A look on one thing alone\n", within(figures)]
     if figures["together"]:
         parts += ["## Several concepts at once\n", growth(figures)]
-    if figures.get("cells"):
+    if any(figures.get("cells", {}).values()):
         parts += ["## Class by domain\n", cells_tables(figures)]
     names = list(one)
     lines = []
@@ -267,6 +267,8 @@ def cells_tables(figures: Mapping[str, Any]) -> str:
         "anchor, so that in the zero-shot question the two share their answers.\n"
     ]
     for task, done in figures["cells"].items():
+        if not done:
+            continue
         look, kind, thing = [*task.split(":"), "", ""][:3]
         told = f"{look}, on {thing} alone" if thing else look
         columns = [(q, r) for q in ("zero-shot", "pictures") for r in ("original", *ROWS) if q in done.get(r, {})]
