@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from conftest import run_cli
 from PIL import Image
 
@@ -30,6 +31,7 @@ from erase_diffusion.audit.samples import Sample, asked_of, file_samples
 from erase_diffusion.audit.score import describe
 from erase_diffusion.audit.work import Ranks, only_one
 from erase_diffusion.checker import CLIPChecker
+from erase_diffusion.cli import erase_diffusion
 from erase_diffusion.concepts import Concept
 from erase_diffusion.erasers import ERASERS
 from erase_diffusion.errors import ConfigError, DataError, ModelError, OutputError
@@ -535,7 +537,7 @@ def test_killed_as_a_process_and_begun_again(done: Plan, tmp_path: Path, audit_p
 
 
 def test_two_real_processes_make_the_same(done: Plan, work: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += ["-m", "erase_diffusion", "audit", "--erased", str(work / "no-cat"), "--no-cache", "--batch-size", "2"]
     command += ["--prompts", str(work / "prompts.csv"), "--output", str(tmp_path / "audit"), "--steps", "3"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -672,11 +674,14 @@ def test_prompts_that_are_cut_are_counted(work: Path, model: Model, tmp_path: Pa
     assert plan.settings["prompts"]["truncated"] == 1 and plan.settings["prompts"]["unseeded"] == 2
 
 
-def test_models_and_methods_are_listed(tmp_path: Path) -> None:
-    models = json.loads(run_cli("models", "--json", cwd=tmp_path, group=True).out)
-    assert [m["name"] for m in models] == list(MODELS)
-    run = run_cli("methods", "--json", cwd=tmp_path, group=True)
-    methods = {m["name"]: m for m in json.loads(run.out)}
+def test_models_and_methods_are_listed() -> None:
+    def told(*words: str) -> str:
+        result = CliRunner().invoke(erase_diffusion, words)
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    assert [m["name"] for m in json.loads(told("models", "--json"))] == list(MODELS)
+    methods = {m["name"]: m for m in json.loads(told("methods", "--json"))}
     assert methods.keys() == ERASERS.keys()
     assert methods["nullspace"]["needs"] == "prompts" and methods["cliperase"]["settings"]["towers"] == "text"
-    assert "cliperase:" in run_cli("methods", cwd=tmp_path, group=True).out
+    assert "cliperase:" in told("methods") and "mini: embedded" in told("models")

@@ -131,7 +131,10 @@ def audit(
 
     Everything goes into one folder: the images, a manifest, scores, and the report as HTML, JSON and Markdown.
     """
+    # Words are checked before torch is imported: a typo answers at once.
+    _check_usage(drawing)
     _check_threshold(threshold)
+    limits, scores = _limits(max_found, min_kept), _name(scores_name)
     with quiet_libraries():
         from erase_diffusion.audit.run import run_audit
 
@@ -140,9 +143,9 @@ def audit(
                 drawing["erased"],
                 drawing["output"],
                 checker=checker,
-                scores=_name(scores_name),
+                scores=scores,
                 features=utility,
-                limits=_limits(max_found, min_kept),
+                limits=limits,
                 threshold=threshold,
                 shown=shown,
                 **_drawing(drawing, progress),
@@ -156,6 +159,7 @@ def audit(
 @click.option("--json", "as_json", is_flag=True, help="Print what was done as JSON.")
 def generate(as_json: bool, **drawing: Any) -> None:
     """Only draw the images of an audit; `score` and `report` do the rest."""
+    _check_usage(drawing)
     with quiet_libraries():
         from erase_diffusion.audit.run import drawn
 
@@ -210,13 +214,14 @@ def report(
 ) -> None:
     """Write the report of the scored audit in FOLDER again: another rule or threshold, without drawing or judging."""
     _check_threshold(threshold)
+    limits, scores = _limits(max_found, min_kept), _name(scores_name)
     with quiet_libraries():
         from erase_diffusion.audit.run import report_of, write_report
 
         result, plan = report_of(
             folder,
-            scores=_name(scores_name),
-            limits=_limits(max_found, min_kept),
+            scores=scores,
+            limits=limits,
             threshold=threshold,
             shown=shown,
         )
@@ -224,12 +229,18 @@ def report(
         _print(result, folder, as_json, quiet)
 
 
-def _drawing(given: dict[str, Any], progress: Progress) -> dict[str, Any]:
-    """The options of drawing as the library takes them."""
+def _check_usage(given: dict[str, Any]) -> None:
+    """Raise ConfigError for options of drawing that contradict each other or lie outside their range."""
     if bool(given["prompts"]) == given["suite"]:
         raise ConfigError("say what to ask: --prompts FILE, or --suite for the built-in prompts")
     if not given["erased"]:
         raise ConfigError("nothing to audit: name at least one drop-in folder with --erased")
+    if given["margin"] is not None and not 0 < given["margin"] < 0.5:
+        raise ConfigError(f"--margin must lie between 0 and 0.5, got {given['margin']}")
+
+
+def _drawing(given: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """The options of drawing as the library takes them."""
     import torch
 
     from erase_diffusion.audit.run import Asked, default_cache
