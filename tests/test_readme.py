@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Run
+from conftest import ROOT, Run, run_cli
 
 from erase_diffusion.erasers import ERASERS
 from erase_diffusion.models import MODELS
@@ -29,6 +30,16 @@ def test_the_first_command_is_the_main_job(erased_cat: tuple[Path, Run, dict[str
     command = blocks("bash")[0]
     assert "erase-concept --concept cat --model mini" in command
     assert erased_cat[1].code == 0
+
+
+def test_the_audit_runs(drop_in: tuple[Path, Run, dict[str, object]], tmp_path: Path) -> None:
+    (tmp_path / "erased-cat").symlink_to(drop_in[0])
+    program, *words = shlex.split(blocks("bash")[2])
+    assert program == "erase-diffusion"
+    # As it stands but for its size, and the threshold: this drop-in was not verified.
+    run = run_cli(*words, "--images", "2", "--steps", "2", "--no-cache", "--threshold", "0.5", cwd=tmp_path, group=True)
+    assert run.code == 14, run.err  # two prompts a group prove nothing
+    assert (tmp_path / "audit-cat" / "report.html").exists()
 
 
 @pytest.mark.parametrize("code", blocks("python"))

@@ -289,7 +289,8 @@ def _tables(result: AuditReport, page: Path) -> None:
                 table.add_row(
                     name, *map(escape, (str(g.before), str(g.after), true)), f"{g.p_adjusted or 0:.2g}", g.verdict
                 )
-            console.print(table)
+            if c.groups:
+                console.print(table)
             table = Table("what must stay", "kept, of what the original showed")
             for name, r in c.kept.items():
                 table.add_row(escape(name), escape(str(r)))
