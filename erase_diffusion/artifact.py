@@ -13,9 +13,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import platform
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -173,6 +175,17 @@ def _write_vocabulary(folder: Path, encoder: TextEncoder, vocab: dict[str, int])
     merges = [m if isinstance(m, str) else " ".join(m) for m in backend["merges"]]
     (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
     (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{m}\n" for m in merges), encoding="utf-8")
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python and of the packages that decide a result, for records and reports."""
+    found = {"python": platform.python_version()}
+    for package in ("erase-diffusion", "torch", "transformers", "diffusers", "accelerate", "safetensors", "pillow"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "unknown"
+    return found
 
 
 def read_record(folder: Path) -> dict[str, Any]:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-import platform
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +21,7 @@ from erase_diffusion.artifact import (
     read_record,
     recorded_concept,
     save_drop_in,
+    versions,
 )
 from erase_diffusion.concepts import Concept, Kind, PromptSets, default_kind
 from erase_diffusion.erasers import ERASERS, Eraser, Erasure, TokenSwap
@@ -287,16 +286,6 @@ def _rounded(encoder: TextEncoder) -> TextEncoder:
     return copy
 
 
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in ("erase-diffusion", "torch", "transformers", "diffusers", "safetensors"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "unknown"
-    return found
-
-
 def _record(
     job: Preparation,
     erasure: Erasure,
@@ -344,7 +333,7 @@ def _record(
             "whole_sha256": weights_hash(dict(erasure.whole)) if erasure.whole else None,
             "dtype": str(erasure.encoder.dtype).removeprefix("torch."),
         },
-        "versions": _versions(),
+        "versions": versions(),
         "device": model.device,
         "picture_dtype": str(model.dtype).removeprefix("torch."),
         "seconds": round(seconds, 3),

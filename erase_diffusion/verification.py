@@ -248,7 +248,7 @@ def judge(
     things = checker.things(embeddings, {n: n for n in writer.preserve})
     attributes = checker.attributes(embeddings)
     places, styles = checker.places(embeddings), checker.styles(embeddings)
-    best = [_argmax(table) for table in (attributes, places, styles)]
+    best = [likeliest(table) for table in (attributes, places, styles)]
 
     def named(i: int, expected: str | None, kind: int) -> bool | None:
         return None if expected is None else best[kind][i] == expected
@@ -269,7 +269,8 @@ def judge(
     }
 
 
-def _argmax(table: Mapping[str, Tensor]) -> list[str]:
+def likeliest(table: Mapping[str, Tensor]) -> list[str]:
+    """The name of the highest probability for each picture, of a table of name → (n,)."""
     names = list(table)
     return [names[i] for i in torch.stack(list(table.values())).argmax(0).tolist()]
 

@@ -87,6 +87,7 @@ def shards(folder: Path, name: str) -> list[Path]:
 
 
 def shard(folder: Path, name: str, rank: int) -> Path:
+    """The file in which one process writes rows of `name.jsonl`."""
     return folder / f"{name}.rank-{rank:05d}.jsonl"
 
 

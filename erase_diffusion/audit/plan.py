@@ -139,7 +139,10 @@ class Plan:
     @cached_property
     def audited(self) -> tuple[Audited, ...]:
         """Every concept that any of them has forgotten, once."""
-        return tuple({a.name: a for e in reversed(self.erased) for a in reversed(e.concepts)}.values())[::-1]
+        first: dict[str, Audited] = {}
+        for audited in (a for e in self.erased for a in e.concepts):
+            first.setdefault(audited.name, audited)
+        return tuple(first.values())
 
     @property
     def store(self) -> ImageStore:

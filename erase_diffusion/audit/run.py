@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
-import platform
 from collections.abc import Callable, Iterator, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from erase_diffusion.artifact import load_erased_text_encoder, read_record
+from erase_diffusion.artifact import load_erased_text_encoder, read_record, versions
 from erase_diffusion.audit import ledger
 from erase_diffusion.audit.conclude import check_thresholds, conclude_audit
 from erase_diffusion.audit.generate import Counts, Painter, Progress, generate, set_attention
@@ -99,6 +98,11 @@ class Audit:
     tell: Callable[[str], Any] = lambda text: None
     _judges: dict[str | None, tuple[CLIPChecker, dict[str, str]]] = dataclasses.field(default_factory=dict, repr=False)
 
+    @functools.cached_property
+    def original(self) -> TextEncoder:
+        """The model's own text encoder, loaded once."""
+        return self.model.text_encoder()
+
     def plan(
         self,
         erased: Sequence[Path],
@@ -114,7 +118,7 @@ class Audit:
         encoders = read_erased(erased)
         if not encoders:
             raise ConfigError("nothing to audit: name at least one drop-in folder with --erased")
-        original = self.model.text_encoder()
+        original = self.original
         spec, unet = self.model.spec, self.model.component_config("unet")
         guidance = float(spec.guidance if asked.guidance is None else asked.guidance)
         if asked.prompts is not None:
@@ -175,14 +179,13 @@ class Audit:
     def _painter(self, plan: Plan) -> Painter:
         pipe = self.model.painter()
         set_attention(pipe, plan.settings["attention"])
-        original = self.model.text_encoder()
-        encoders = {ORIGINAL: original}
+        encoders = {ORIGINAL: self.original}
         for e in plan.erased:
             tower = load_erased_text_encoder(e.folder).to(self.model.device)
             found = read_record(e.folder)["erased"]["sha256"]
             if found != e.sha256:
                 raise ModelError(f"{e.folder} is another encoder (sha256 {str(found)[:12]}…) than when the audit began")
-            encoders[e.name] = dataclasses.replace(original, model=tower)
+            encoders[e.name] = dataclasses.replace(self.original, model=tower)
         return Painter(pipe, encoders, int(plan.settings["steps"]), self.tell)
 
     def score(self, plan: Plan, *, checker: str | None = None, name: str = "judge") -> Scored:
@@ -202,7 +205,7 @@ class Audit:
         """The checker, loaded once, and what it is. Raises ModelError when it can't be had, or is the generator's."""
         if source not in self._judges:
             judge = make_checker(self.model, source)
-            judge.refuse_generator(self.model.text_encoder())
+            judge.refuse_generator(self.original)
             digest = weights_hash(dict(judge.model.state_dict()))
             self._judges[source] = judge, {"checker": source or self.model.judge_name, "judge_sha256": digest}
         return self._judges[source]
@@ -329,7 +332,7 @@ def report_of(
     runs = [row for row, _ in ledger.scan(folder, RUNS, ("what", "versions", "processes", "counts"))]
     runs = [r for r in runs if isinstance(r["counts"], dict) and isinstance(r["versions"], dict)]
     runs = [r for r in runs if isinstance(r["processes"], int)]
-    made = {"versions": versions(), "python": platform.python_version(), "runs": runs}
+    made = {"versions": versions(), "runs": runs}
     report = conclude_audit(
         plan,
         plan.erased,
@@ -372,14 +375,3 @@ def fitting_batch(model: Model, side: int) -> int:
         each = 3 * 2**30 * (side / 512) ** 2 * (1 if model.dtype == torch.float32 else 0.5)
         return int(max(1, min(64, 0.8 * free // each)))
     return max(1, min(32, PIXELS_AT_ONCE // side**2))
-
-
-def versions() -> dict[str, str]:
-    """The versions of the packages that decide a result."""
-    found = {}
-    for package in ("erase-diffusion", "torch", "transformers", "diffusers", "accelerate", "safetensors", "pillow"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "unknown"
-    return found

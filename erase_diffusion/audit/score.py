@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
 from erase_diffusion.audit import ledger
 from erase_diffusion.audit.generate import Progress, manifest
@@ -22,7 +20,7 @@ from erase_diffusion.audit.work import Ranks
 from erase_diffusion.checker import CLIPChecker
 from erase_diffusion.errors import DataError
 from erase_diffusion.image_store import writing
-from erase_diffusion.verification import presence
+from erase_diffusion.verification import likeliest, presence
 
 SCORES = "scores"
 FIELDS = ("encoder", "case", "key", "sha256")
@@ -208,9 +206,9 @@ class Judge:
         embeddings = self.checker.embed_images([Image.fromarray(i) for i in images])
         concepts = {a.name: presence(self.checker, a.concept, embeddings).tolist() for a in self.audited}
         things = self.checker.things(embeddings, self.labels, paired=())
-        attributes = _best(self.checker.attributes(embeddings))
-        places = _best(self.checker.places(embeddings)) if self.checker.vocabulary.places else [None] * len(images)
-        styles = _best(self.checker.styles(embeddings, self.artists))
+        attributes = likeliest(self.checker.attributes(embeddings))
+        places = likeliest(self.checker.places(embeddings)) if self.checker.vocabulary.places else [None] * len(images)
+        styles = likeliest(self.checker.styles(embeddings, self.artists))
         clip_scores = self.checker.clip_score(embeddings, [s.text for s in samples]).tolist()
         seen = []
         for i, sample in enumerate(samples):
@@ -224,11 +222,6 @@ class Judge:
             row["clip_score"] = round(clip_scores[i], 4)
             seen.append(row)
         return seen
-
-
-def _best(table: Mapping[str, Tensor]) -> list[str]:
-    names = list(table)
-    return [names[i] for i in torch.stack(list(table.values())).argmax(0).tolist()]
 
 
 def distance(one: np.ndarray, other: np.ndarray) -> float:

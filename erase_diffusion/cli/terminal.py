@@ -38,10 +38,12 @@ class Command(click.Command):
 
 
 def one_line(error: BaseException) -> str:
+    """An error's message without its line breaks."""
     return " ".join(str(error).split())
 
 
 def check_device(device: str) -> None:
+    """Raise ConfigError for a device that is not supported, or not there."""
     import torch
 
     try:
